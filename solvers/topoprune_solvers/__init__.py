@@ -1,0 +1,51 @@
+"""Graph optimisation for pruning: problems as arrays, pluggable solvers, certified answers.
+
+>>> from topoprune_solvers import DominatingSet, solve
+>>> star = DominatingSet.from_edges(4, [(0, 1), (0, 2), (0, 3)])
+>>> solve(star, "greedy").keep.tolist()
+[True, False, False, False]
+"""
+
+from topoprune_solvers.csr import adjacency_from_dense, adjacency_from_edges, check_adjacency
+from topoprune_solvers.problems import BudgetedDomination, DominatingSet, EdgeSelection, Problem, SoftDomination
+from topoprune_solvers.registry import (
+    Capabilities,
+    Solver,
+    available_solvers,
+    get_solver,
+    register,
+    solve,
+    solve_many,
+    solver_names,
+)
+from topoprune_solvers.solution import Bound, Infeasible, Sense, Solution, Status, best_bound, relative_gap
+from topoprune_solvers.verify import InvalidSolution, dominators, verify
+
+__all__ = [
+    "Bound",
+    "BudgetedDomination",
+    "Capabilities",
+    "DominatingSet",
+    "EdgeSelection",
+    "Infeasible",
+    "InvalidSolution",
+    "Problem",
+    "Sense",
+    "SoftDomination",
+    "Solution",
+    "Solver",
+    "Status",
+    "adjacency_from_dense",
+    "adjacency_from_edges",
+    "available_solvers",
+    "best_bound",
+    "check_adjacency",
+    "dominators",
+    "get_solver",
+    "register",
+    "relative_gap",
+    "solve",
+    "solve_many",
+    "solver_names",
+    "verify",
+]

@@ -1,0 +1,181 @@
+"""Solvers by problem type and name: a dict, plus the entry-point group ``topoprune.solvers``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any, Protocol, runtime_checkable
+
+from topoprune_solvers.solution import Solution
+
+__all__ = [
+    "Capabilities",
+    "Solver",
+    "available_solvers",
+    "get_solver",
+    "register",
+    "solve",
+    "solve_many",
+    "solver_names",
+]
+
+ENTRY_POINT_GROUP = "topoprune.solvers"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a solver can do, as data.
+
+    Args:
+        problem: the problem type it takes.
+        exact: True if it proves optimality given time.
+        guarantee: one sentence on solution quality.
+        complexity: time complexity, n = units, m = edges.
+        requires: importable modules it needs.
+        max_units: largest instance it accepts, or None.
+        reference: where the algorithm comes from.
+    """
+
+    problem: type
+    exact: bool
+    guarantee: str
+    complexity: str
+    requires: tuple[str, ...] = ()
+    max_units: int | None = None
+    reference: str = ""
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A named algorithm for one problem type; configuration lives in frozen fields."""
+
+    # Properties, so that frozen dataclasses and class variables qualify.
+    @property
+    def name(self) -> str:
+        """Registry name."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the solver can do."""
+        ...
+
+    def solve(
+        self, problem: Any, *, warm_start: Any = None, time_limit: float | None = None, seed: int = 0
+    ) -> Solution:
+        """Return a valid solution.
+
+        Args:
+            problem: an instance of ``capabilities.problem``.
+            warm_start: (n,) bool keep mask to start from, or None.
+            time_limit: seconds, or None.
+            seed: for solvers that draw random numbers.
+        """
+        ...
+
+
+_SOLVERS: dict[type, dict[str, Solver]] = {}
+
+
+def register(solver: Solver) -> Solver:
+    """Add a solver instance under its problem type and name; a later one replaces an earlier one."""
+    _SOLVERS.setdefault(solver.capabilities.problem, {})[solver.name] = solver
+    return solver
+
+
+@cache
+def _load() -> None:
+    import topoprune_solvers.builtin  # noqa: F401  (registers the built-in solvers)
+
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        register(entry.load()())
+
+
+def solver_names(problem_type: type) -> list[str]:
+    """Return the names of all solvers for a problem type, sorted, installed or not."""
+    _load()
+    return sorted(_SOLVERS.get(problem_type, {}))
+
+
+def available_solvers(problem_type: type) -> list[str]:
+    """Return the names of the solvers whose required modules are installed, sorted."""
+    _load()
+    return [name for name in solver_names(problem_type) if not _missing(_SOLVERS[problem_type][name])]
+
+
+def _missing(solver: Solver) -> list[str]:
+    return [module for module in solver.capabilities.requires if find_spec(module) is None]
+
+
+def get_solver(name: str | Solver, problem_type: type) -> Solver:
+    """Return the solver registered under a name, or the given solver itself, ready to run.
+
+    Raises:
+        ValueError: an unknown name (lists the known ones), a solver for another problem, or
+            a solver whose required module is not installed.
+    """
+    _load()
+    if not isinstance(name, str):
+        if not issubclass(problem_type, name.capabilities.problem):
+            raise ValueError(
+                f"solver {name.name!r} takes {name.capabilities.problem.__name__}, not {problem_type.__name__}"
+            )
+        return name
+    table = _SOLVERS.get(problem_type, {})
+    if name not in table:
+        raise ValueError(
+            f"unknown solver {name!r} for {problem_type.__name__}; available: {', '.join(solver_names(problem_type))}"
+        )
+    missing = _missing(table[name])
+    if missing:
+        raise ValueError(f"solver {name!r} needs the package {', '.join(missing)}; install it with pip, or use "
+                         f"one of: {', '.join(available_solvers(problem_type))}")
+    return table[name]
+
+
+def solve(
+    problem: Any,
+    solver: str | Solver,
+    *,
+    warm_start: Any = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+) -> Solution:
+    """Solve one problem and verify the answer before returning it.
+
+    Raises:
+        ValueError: unknown solver, or an instance above the solver's `max_units`.
+        AssertionError: the solver returned an invalid solution (a bug in the solver).
+    """
+    from topoprune_solvers.verify import verify
+
+    engine = get_solver(solver, type(problem))
+    limit = engine.capabilities.max_units
+    if limit is not None and problem.n > limit:
+        raise ValueError(f"solver {engine.name!r} takes at most {limit} units, this problem has {problem.n}")
+    started = time.perf_counter()
+    solution = engine.solve(problem, warm_start=warm_start, time_limit=time_limit, seed=seed)
+    solution = replace(solution, seconds=time.perf_counter() - started, solver=engine.name)
+    verify(problem, solution)
+    return solution
+
+
+def solve_many(
+    problems: Iterable[Any],
+    solver: str | Solver,
+    *,
+    warm_starts: Sequence[Any] | None = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+) -> list[Solution]:
+    """Solve several problems (all layers of a model); `time_limit` is per problem, in seconds."""
+    problems = list(problems)
+    starts = [None] * len(problems) if warm_starts is None else list(warm_starts)
+    return [
+        solve(problem, solver, warm_start=start, time_limit=time_limit, seed=seed)
+        for problem, start in zip(problems, starts, strict=True)
+    ]

@@ -1,0 +1,128 @@
+"""What every unit solver needs around its algorithm: a deadline, a checked warm start, a finished Solution."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from topoprune_solvers.solution import Bound, Solution, Status
+from topoprune_solvers.verify import dominators
+
+__all__ = ["NEVER", "Deadline", "check_start", "fill_up", "unit_solution"]
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A point in time on the monotonic clock, or never.
+
+    >>> Deadline.after(None).passed()
+    False
+    >>> Deadline.after(0.0).passed()
+    True
+    """
+
+    at: float = math.inf
+
+    @classmethod
+    def after(cls, seconds: float | None) -> Deadline:
+        """Return the deadline `seconds` from now; None means never.
+
+        Raises:
+            ValueError: a negative or non-number limit.
+        """
+        if seconds is None:
+            return cls()
+        if not seconds >= 0:
+            raise ValueError(f"time_limit must be a number of seconds >= 0 or None, found {seconds!r}")
+        return cls(time.perf_counter() + seconds)
+
+    def remaining(self) -> float:
+        """Return the seconds left, >= 0; inf if there is no limit."""
+        return max(0.0, self.at - time.perf_counter())
+
+    def passed(self) -> bool:
+        """Return True once the time is up."""
+        return time.perf_counter() >= self.at
+
+
+NEVER = Deadline()
+
+
+def check_start(problem: Any, warm_start: Any) -> np.ndarray | None:
+    """Return a warm start as a fresh (n,) bool mask with forced units in and forbidden units out.
+
+    Raises:
+        ValueError: a mask of another shape, e.g. from another layer.
+    """
+    if warm_start is None:
+        return None
+    start = np.array(warm_start, dtype=bool)
+    if start.shape != (problem.n,):
+        raise ValueError(f"warm_start has shape {start.shape}, expected ({problem.n},): a keep mask of this problem")
+    start |= problem.forced
+    start &= ~problem.forbidden
+    return start
+
+
+def fill_up(problem: Any, keep: np.ndarray) -> np.ndarray:
+    """Return `keep` with the most important allowed units added (ties: lower index) until exactly k stay.
+
+    Args:
+        problem: a problem with fields k, importance, forbidden.
+        keep: (n,) bool with at most k units kept.
+    """
+    missing = problem.k - int(keep.sum())
+    assert missing >= 0, "more units kept than the budget allows"
+    full = keep.copy()
+    order = np.argsort(-problem.importance, kind="stable")
+    spare = order[~keep[order] & ~problem.forbidden[order]]
+    full[spare[:missing]] = True
+    return full
+
+
+def unit_solution(
+    problem: Any,
+    keep: np.ndarray,
+    solver: str,
+    *,
+    bound: Bound | None = None,
+    timed_out: bool = False,
+    tolerance: float = 1e-9,
+    stats: Mapping[str, Any] | None = None,
+) -> Solution:
+    """Build the Solution of a unit problem: objective, dominators and the status the bound allows.
+
+    Args:
+        problem: a unit problem. keep: (n,) bool, feasible.
+        bound: proven limit on the optimum, or None.
+        timed_out: whether a time limit cut the search short.
+        tolerance: relative distance of objective and bound that still counts as proven.
+    """
+    objective = problem.objective(keep)
+    dominator, distance = dominators(problem, keep)
+    status = Status.TIME_LIMIT if timed_out else Status.FEASIBLE
+    if bound is not None:
+        # A bound past a known objective is rounding: the optimum cannot be beyond it.
+        clip = min if problem.sense == "min" else max
+        bound = replace(bound, value=clip(float(bound.value), objective))
+        distance_to_bound = 0.0 if bound.value == objective else abs(objective - bound.value)
+        if bound.value == objective or (math.isfinite(objective) and distance_to_bound <= tolerance * abs(objective)):
+            status = Status.OPTIMAL
+            if distance_to_bound <= 1e-9 * abs(objective):
+                bound = replace(bound, value=objective)
+    return Solution(
+        keep=keep,
+        objective=objective,
+        sense=problem.sense,
+        status=status,
+        solver=solver,
+        bound=bound,
+        dominator=dominator,
+        dominator_distance=distance,
+        stats={} if stats is None else dict(stats),
+    )

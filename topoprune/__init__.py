@@ -1,0 +1,81 @@
+"""Graph-algorithm-centric pruning of transformers: extract, solve, apply, with certificates.
+
+    graph = extract(model)                       # units, distances, worth: an explicit graph
+    plan = solve(graph, budget=0.5)              # what stays, and how good that choice is
+    with apply(model, plan): ...                 # masks in the live model
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from topoprune.architectures import find_sites, register_family
+    from topoprune.extract import extract
+    from topoprune.graph import BipartiteGraph, Graph, ModelGraph, Site, TensorSlice
+    from topoprune.masks import MaskHandle, apply
+    from topoprune.planning import Comparison, Plan, compare, solve
+    from topoprune.sparsity import Sparsity, connectivity_sd, measure_sparsity
+    from topoprune.train import Pruner, Recipe, TopoPruneCallback
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BipartiteGraph": "graph",
+    "Comparison": "planning",
+    "Graph": "graph",
+    "MaskHandle": "masks",
+    "ModelGraph": "graph",
+    "Plan": "planning",
+    "Pruner": "train",
+    "Recipe": "train",
+    "Site": "graph",
+    "Sparsity": "sparsity",
+    "TensorSlice": "graph",
+    "TopoPruneCallback": "train",
+    "apply": "masks",
+    "compare": "planning",
+    "connectivity_sd": "sparsity",
+    "extract": "extract",
+    "find_sites": "architectures",
+    "measure_sparsity": "sparsity",
+    "register_family": "architectures",
+    "solve": "planning",
+}
+
+__all__ = [
+    "BipartiteGraph",
+    "Comparison",
+    "Graph",
+    "MaskHandle",
+    "ModelGraph",
+    "Plan",
+    "Pruner",
+    "Recipe",
+    "Site",
+    "Sparsity",
+    "TensorSlice",
+    "TopoPruneCallback",
+    "apply",
+    "compare",
+    "connectivity_sd",
+    "extract",
+    "find_sites",
+    "measure_sparsity",
+    "register_family",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `import topoprune` is quick and loads neither torch nor transformers.
+    if name in _HOME:
+        value = getattr(import_module(f"topoprune.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'topoprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

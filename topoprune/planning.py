@@ -1,0 +1,463 @@
+"""From a graph and a wish to a verified plan: thresholds or budgets in, certificates out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from topoprune_solvers import (
+    Bound,
+    BudgetedDomination,
+    DominatingSet,
+    EdgeSelection,
+    SoftDomination,
+    Solution,
+    Solver,
+    Status,
+    available_solvers,
+    get_solver,
+    solve_many,
+)
+
+from topoprune.files import read_npz, write_npz
+from topoprune.graph import SCHEMA_VERSION, Graph, ModelGraph, Site, structure_digest
+
+__all__ = ["Comparison", "Plan", "ProblemName", "compare", "resolve_theta", "solve"]
+
+ProblemName = Literal["heads", "neurons", "edges"]
+Objective = Literal["k-centre", "soft"]
+_KINDS: dict[str, tuple[Any, ...]] = {"heads": ("head", "kv_group"), "neurons": ("neuron",)}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What stays, for every site decided on, with certificates.
+
+    Args:
+        sites: the sites of the model the plan was made for.
+        solutions: site name -> `Solution` on its units, or parameter name -> `Solution` on
+            its weight edges.
+        edge_axes: parameter name -> (row axis, (rows, columns)) for edge solutions.
+        request: what was asked for (theta or budget, problem, solver, ...), JSON-ready.
+        weights_digest: digest of the weights the graph was made from, or ``""``.
+    """
+
+    sites: tuple[Site, ...]
+    solutions: Mapping[str, Solution]
+    edge_axes: Mapping[str, tuple[int, tuple[int, int]]] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
+    weights_digest: str = ""
+
+    def __post_init__(self) -> None:
+        units = {site.name: site.n_units for site in self.sites}
+        for name, solution in self.solutions.items():
+            if name in self.edge_axes:
+                expected = math.prod(self.edge_axes[name][1])
+            elif name in units:
+                expected = units[name]
+            else:
+                raise ValueError(f"plan names unknown site {name!r}; known: {', '.join(list(units)[:5])}, ...")
+            if solution.keep.shape != (expected,):
+                raise ValueError(f"plan of {name!r} decides on {solution.keep.shape}, expected ({expected},)")
+        for label in ("solutions", "edge_axes", "request"):
+            object.__setattr__(self, label, MappingProxyType(dict(getattr(self, label))))
+
+    @property
+    def structure_digest(self) -> str:
+        """Digest of the sites; the plan only fits a model with the same one."""
+        return structure_digest(self.sites)
+
+    @property
+    def gap(self) -> float:
+        """Largest relative gap over all solutions; nan if one has no bound."""
+        gaps = [solution.gap for solution in self.solutions.values()]
+        return math.nan if any(math.isnan(g) for g in gaps) else max(gaps, default=0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Solver time over all sites, in seconds."""
+        return sum(solution.seconds for solution in self.solutions.values())
+
+    def site(self, name: str) -> Site:
+        """Return a site of the plan by name."""
+        return next(site for site in self.sites if site.name == name)
+
+    def keep(self, name: str) -> np.ndarray:
+        """Return the (n,) bool keep mask of a site, all True where nothing was decided."""
+        if name in self.solutions:
+            return self.solutions[name].keep
+        return np.ones(self.site(name).n_units, dtype=bool)
+
+    def unit_solutions(self) -> dict[str, Solution]:
+        """Return the solutions on units (not on weight edges), by site name."""
+        return {name: solution for name, solution in self.solutions.items() if name not in self.edge_axes}
+
+    def combine(self, other: Plan) -> Plan:
+        """Return a plan with the decisions of both; no site may be decided twice.
+
+        Raises:
+            ValueError: plans of different models, or a site decided in both.
+        """
+        if self.structure_digest != other.structure_digest:
+            raise ValueError("cannot combine plans of different models (structure digests differ)")
+        twice = sorted(set(self.solutions) & set(other.solutions))
+        if twice:
+            raise ValueError(f"both plans decide on {twice[:5]}")
+        digest = self.weights_digest if self.weights_digest == other.weights_digest else ""
+        return Plan(
+            self.sites,
+            {**self.solutions, **other.solutions},
+            {**self.edge_axes, **other.edge_axes},
+            {"combined": [dict(self.request), dict(other.request)]},
+            digest,
+        )
+
+    def __or__(self, other: Plan) -> Plan:
+        """Same as `combine`."""
+        return self.combine(other)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one row a site: kept, units, objective, bound and its source, gap, status, seconds."""
+        return [
+            {
+                "site": name,
+                "kept": solution.n_kept,
+                "units": solution.n_units,
+                "solver": solution.solver,
+                "objective": solution.objective,
+                "bound": None if solution.bound is None else solution.bound.value,
+                "bound_source": None if solution.bound is None else solution.bound.source,
+                "gap": solution.gap,
+                "status": solution.status.name,
+                "seconds": solution.seconds,
+            }
+            for name, solution in self.solutions.items()
+        ]
+
+    def summary(self) -> str:
+        """Return a readable table, one line a site."""
+        lines = [repr(self), f"{'site':34} {'kept':>13} {'objective':>11} {'bound':>11} {'gap':>7} {'ms':>8}  solver, bound source"]
+        for row in self.table():
+            bound = "-" if row["bound"] is None else f"{row['bound']:.5g}"
+            gap = "-" if math.isnan(row["gap"]) else f"{row['gap']:.2%}"
+            source = "" if row["bound_source"] is None else f", {row['bound_source']}"
+            kept = f"{row['kept']}/{row['units']}"
+            lines.append(
+                f"{row['site']:34} {kept:>13} {row['objective']:11.5g} {bound:>11} {gap:>7} "
+                f"{1e3 * row['seconds']:8.2f}  {row['solver']}{source}"
+            )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        kept = sum(solution.n_kept for solution in self.solutions.values())
+        units = sum(solution.n_units for solution in self.solutions.values())
+        what = "edges" if self.edge_axes else "units"
+        gap = "none" if math.isnan(self.gap) else f"{self.gap:.2%}"
+        return f"Plan({len(self.solutions)} sites, keep {kept}/{units} {what}, worst gap {gap}, {self.seconds:.3f} s)"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one ``.npz`` with a JSON header (schema version, certificates); atomic, no pickle."""
+        arrays: dict[str, np.ndarray] = {}
+        rows = {}
+        for name, s in self.solutions.items():
+            arrays[f"keep/{name}"] = np.packbits(s.keep)
+            if s.dominator is not None and s.dominator_distance is not None:
+                arrays[f"dominator/{name}"] = s.dominator
+                arrays[f"distance/{name}"] = s.dominator_distance
+            rows[name] = {
+                "size": s.n_units,
+                "objective": s.objective,
+                "sense": s.sense,
+                "status": s.status.name,
+                "solver": s.solver,
+                "bound": None if s.bound is None else [s.bound.value, s.bound.source],
+                "seconds": s.seconds,
+            }
+        header = {
+            "format": "topoprune.Plan",
+            "schema_version": SCHEMA_VERSION,
+            "sites": [site.to_dict() for site in self.sites],
+            "solutions": rows,
+            "edge_axes": {name: [axis, list(shape)] for name, (axis, shape) in self.edge_axes.items()},
+            "request": json.loads(json.dumps(dict(self.request), default=str)),
+            "structure_digest": self.structure_digest,
+            "weights_digest": self.weights_digest,
+        }
+        return write_npz(path, header, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by `save`; ValueError if it is not one, or was altered."""
+        header, arrays = read_npz(path, "topoprune.Plan", SCHEMA_VERSION)
+        solutions = {}
+        for name, row in header["solutions"].items():
+            solutions[name] = Solution(
+                keep=np.unpackbits(arrays[f"keep/{name}"], count=row["size"]).astype(bool),
+                objective=row["objective"],
+                sense=row["sense"],
+                status=Status[row["status"]],
+                solver=row["solver"],
+                bound=None if row["bound"] is None else Bound(*row["bound"]),
+                dominator=arrays.get(f"dominator/{name}"),
+                dominator_distance=arrays.get(f"distance/{name}"),
+                seconds=row["seconds"],
+            )
+        plan = cls(
+            tuple(Site.from_dict(site) for site in header["sites"]),
+            solutions,
+            {name: (axis, (shape[0], shape[1])) for name, (axis, shape) in header["edge_axes"].items()},
+            header["request"],
+            header["weights_digest"],
+        )
+        if plan.structure_digest != header["structure_digest"]:
+            raise ValueError(f"{path}: the sites do not match the recorded digest; the file was altered")
+        return plan
+
+
+def resolve_theta(theta: float | str, graph: Graph) -> float:
+    """Return a distance threshold: a number as it is, or ``"auto:q"`` as the q-quantile of the distances.
+
+    Raises:
+        ValueError: negative, not finite, or not of the form ``"auto:q"`` with q in [0, 1].
+
+    >>> resolve_theta("auto:0.5", Graph.from_edges(3, np.array([[0, 1], [1, 2]]), np.array([0.1, 0.3])))
+    0.2
+    """
+    if isinstance(theta, str):
+        head, _, tail = theta.partition(":")
+        try:
+            q = float(tail)
+        except ValueError:
+            q = math.nan
+        if head != "auto" or not 0 <= q <= 1:
+            raise ValueError(f"theta is {theta!r}; expected a number >= 0 or 'auto:q' with q in [0, 1], e.g. 'auto:0.1'")
+        return graph.quantile(q) if graph.n_edges else 0.0
+    if isinstance(theta, bool) or not isinstance(theta, (int, float, np.floating, np.integer)):
+        raise ValueError(f"theta is {theta!r}; expected a number >= 0 or 'auto:q'")
+    if not (math.isfinite(theta) and theta >= 0):
+        raise ValueError(f"theta is {theta!r}; a distance threshold must be finite and >= 0")
+    return float(theta)
+
+
+def _budget_count(budget: float, n: int, name: str) -> int:
+    """Turn a budget into a number of units kept in one site."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)):
+        raise ValueError(f"budget is {budget!r}; expected how many units to keep (int) or what share of them (float)")
+    if isinstance(budget, (int, np.integer)):
+        if not 1 <= budget <= n:
+            raise ValueError(f"budget asks to keep {budget} units of {name!r}, which has {n}; expected 1..{n}")
+        return int(budget)
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget!r}; as a share of units to keep it must lie in (0, 1]")
+    return max(1, round(float(budget) * n))
+
+
+def solve(
+    graph: ModelGraph,
+    *,
+    theta: float | str | None = None,
+    budget: float | None = None,
+    problem: ProblemName = "heads",
+    solver: str | Solver | None = None,
+    objective: Objective = "k-centre",
+    attachment: float = 0.0,
+    reading: Literal["a", "b"] = "b",
+    time_limit: float | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Decide what stays, site by site, with a certificate for each.
+
+    Args:
+        graph: from `extract`.
+        theta: distance threshold (a number, or ``"auto:q"``, the q-quantile of each layer's
+            distances): the smallest set of units such that every pruned one has a kept one
+            within theta (problem A).
+        budget: how many units of each site to keep (int), or what share (float in (0, 1]).
+            Exactly that many stay (problem B; edges: problem D, share of weight edges).
+        problem: ``"heads"`` (heads and KV groups), ``"neurons"`` or ``"edges"``.
+        solver: registry name or object; default ``"exact"`` for heads, ``"greedy"`` else.
+        objective: with `budget` on units: ``"k-centre"`` (smallest covering distance) or
+            ``"soft"`` (most importance explained; needs a normalised measure).
+        attachment: problem D, strength of preferential attachment, in units of mean |w|.
+        reading: problem D, reading of NeuroPrune's Eq. 1.
+        time_limit: seconds per site. seed: for solvers that draw random numbers.
+
+    Returns:
+        A `Plan` whose every solution was verified against its problem.
+
+    Raises:
+        ValueError: theta and budget both or neither given, values out of range, an unknown
+            solver or problem, or a graph without what the problem needs.
+
+    Complexity: the solver's, per site.
+    """
+    if (theta is None) == (budget is None):
+        raise ValueError("give exactly one of theta (a distance threshold) and budget (what to keep)")
+    request: dict[str, Any] = {
+        "problem": problem,
+        "theta": theta,
+        "budget": budget,
+        "solver": solver if isinstance(solver, str) or solver is None else solver.name,
+        "seed": seed,
+    }
+    if problem == "edges":
+        if budget is None:
+            raise ValueError("problem 'edges' needs budget= (share of weight edges to keep), not theta")
+        request |= {"attachment": attachment, "reading": reading}
+        return _solve_edges(graph, budget, solver or "greedy", attachment, reading, request, time_limit, seed)
+    if problem not in _KINDS:
+        raise ValueError(f"unknown problem {problem!r}; available: edges, heads, neurons")
+    sites = [site for site in graph.of_kind(*_KINDS[problem]) if site.name in graph.redundancy]
+    if not sites:
+        raise ValueError(
+            f"the graph has no similarity graph for {problem}; run extract(model, include=({problem!r},)) "
+            "on a model that has them"
+        )
+    problems: list[Any] = []
+    thresholds: dict[str, float] = {}
+    for site in sites:
+        similarity = graph.redundancy[site.name]
+        importance = graph.importance.get(site.name)
+        if theta is not None:
+            thresholds[site.name] = resolve_theta(theta, similarity)
+            near = similarity.at_most(thresholds[site.name])
+            problems.append(DominatingSet(near.indptr, near.indices, near.weight))
+            continue
+        assert budget is not None
+        k = _budget_count(budget, site.n_units, site.name)
+        csr = similarity.indptr, similarity.indices, similarity.weight
+        if objective == "k-centre":
+            problems.append(BudgetedDomination(*csr, k=k, importance=importance))
+        elif objective == "soft":
+            if not similarity.normalised:
+                raise ValueError(
+                    f"objective 'soft' needs a similarity in [0, 1]; measure {graph.measures.get(site.name)!r} of "
+                    f"{site.name!r} has none. Use measure='output-gram', or objective='k-centre'"
+                )
+            problems.append(SoftDomination(*csr, k=k, importance=importance))
+        else:
+            raise ValueError(f"unknown objective {objective!r}; available: k-centre, soft")
+    engine = get_solver(solver or _default_solver(problem, type(problems[0])), type(problems[0]))
+    solutions = solve_many(problems, engine, time_limit=time_limit, seed=seed)
+    request |= {"solver": engine.name, "objective": "domination" if theta is not None else objective}
+    if thresholds:
+        request["thresholds"] = thresholds
+    decided = {site.name: solution for site, solution in zip(sites, solutions, strict=True)}
+    return Plan(graph.sites, decided, request=request, weights_digest=graph.weights_digest)
+
+
+def _default_solver(problem: ProblemName, problem_type: type) -> str:
+    return "exact" if problem == "heads" and "exact" in available_solvers(problem_type) else "greedy"
+
+
+def _solve_edges(
+    graph: ModelGraph,
+    budget: float,
+    solver: str | Solver,
+    attachment: float,
+    reading: Literal["a", "b"],
+    request: dict[str, Any],
+    time_limit: float | None,
+    seed: int,
+) -> Plan:
+    if not graph.connectivity:
+        raise ValueError("the graph has no weight edges; run extract(model, include=('edges',))")
+    if isinstance(budget, (int, np.integer)) or not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget!r}; for edges it is the share of edges to keep, a float in (0, 1]")
+    solutions, axes = {}, {}
+    for name, wires in graph.connectivity.items():
+        problem = EdgeSelection(
+            wires.weight,
+            k=round(float(budget) * wires.weight.size),
+            attachment=attachment * float(wires.weight.mean()) * wires.shape[1],
+            reading=reading,
+        )
+        solutions[name] = solve_many([problem], solver, time_limit=time_limit, seed=seed)[0]
+        axes[name] = (wires.row_axis, wires.shape)
+    return Plan(graph.sites, solutions, axes, request, graph.weights_digest)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Solvers side by side on the same problems.
+
+    Args:
+        rows: one dict a solver: solver, kept, units, objective, bound, gap, seconds, status, error.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    def __str__(self) -> str:
+        head = f"{'solver':14} {'kept':>13} {'objective':>12} {'bound':>12} {'gap':>8} {'ms':>10}  status"
+        lines = [head]
+        for row in self.rows:
+            if row["error"]:
+                lines.append(f"{row['solver']:14} {row['error']}")
+                continue
+            bound = "-" if row["bound"] is None else f"{row['bound']:.5g}"
+            gap = "-" if math.isnan(row["gap"]) else f"{row['gap']:.2%}"
+            kept = f"{row['kept']}/{row['units']}"
+            lines.append(
+                f"{row['solver']:14} {kept:>13} {row['objective']:12.5g} {bound:>12} {gap:>8} "
+                f"{1e3 * row['seconds']:10.2f}  {row['status']}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return JSON-ready rows."""
+        return [dict(row) for row in self.rows]
+
+
+def compare(graph: ModelGraph, solvers: Sequence[str | Solver] | None = None, **request: Any) -> Comparison:
+    """Solve the same problems with several solvers; sums over sites, worst gap.
+
+    Args:
+        graph: from `extract`.
+        solvers: names or objects; default: every solver available for the problem.
+        request: as for `solve` (theta or budget, problem, objective, ...).
+
+    Returns:
+        A `Comparison`; a solver that refuses the problem (too large, wrong bounds) gets a row
+        with its error, the others still run.
+
+    Raises:
+        ValueError: an unknown solver or a request that no solver could take.
+    """
+    problem_type: type = EdgeSelection if request.get("problem") == "edges" else DominatingSet
+    if problem_type is DominatingSet and request.get("budget") is not None:
+        problem_type = SoftDomination if request.get("objective") == "soft" else BudgetedDomination
+    engines = [get_solver(solver, problem_type) for solver in (solvers or available_solvers(problem_type))]
+    solve(graph, solver="greedy", **request)  # a wrong request fails here, once, before the table
+    rows = []
+    for engine in engines:
+        try:
+            plan = solve(graph, solver=engine, **request)
+        except ValueError as error:
+            rows.append({"solver": engine.name, "error": f"refused: {error}"})
+            continue
+        rows.append(_comparison_row(engine.name, plan.solutions.values()))
+    return Comparison(tuple(rows))
+
+
+def _comparison_row(name: str, solutions: Iterable[Solution]) -> dict[str, Any]:
+    solutions = list(solutions)
+    bounds = [solution.bound for solution in solutions]
+    gaps = [solution.gap for solution in solutions]
+    return {
+        "solver": name,
+        "kept": sum(s.n_kept for s in solutions),
+        "units": sum(s.n_units for s in solutions),
+        "objective": sum(s.objective for s in solutions),
+        "bound": None if any(b is None for b in bounds) else sum(b.value for b in bounds if b is not None),
+        "gap": math.nan if any(math.isnan(g) for g in gaps) else max(gaps, default=0.0),
+        "seconds": sum(s.seconds for s in solutions),
+        "status": ", ".join(sorted({s.status.name for s in solutions})),
+        "error": "",
+    }

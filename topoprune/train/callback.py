@@ -1,0 +1,132 @@
+"""Prune inside `transformers.Trainer`: one callback, no subclassing.
+
+    Trainer(model, args, train_dataset=data, callbacks=[TopoPruneCallback(Recipe.budget(sparsity=0.5))])
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from topoprune.train.checkpoint import load_state, save_state
+from topoprune.train.pruner import Pruner, SolveEvent
+from topoprune.train.recipe import BudgetRecipe, NeuroPruneRecipe
+
+__all__ = ["STATE_FILE", "TopoPruneCallback"]
+
+STATE_FILE = "topoprune_pruner.safetensors"
+
+
+class TopoPruneCallback(TrainerCallback):
+    """Runs a recipe under `transformers.Trainer`, saves and resumes with its checkpoints.
+
+    Sparsity, heads kept, solver gap and seconds appear in the Trainer's log history and its
+    progress output under ``topoprune/…``; a log is written after every decision. Reporters that
+    come before this callback (TensorBoard, W&B) see them too after `lead(trainer)`.
+
+    Args:
+        recipe: from `Recipe.neuroprune` or `Recipe.budget`.
+        seed: for solvers that draw random numbers.
+        resume_from: checkpoint folder to take the pruner state from, if training resumes from
+            somewhere other than ``output_dir/checkpoint-<step>``.
+    """
+
+    def __init__(
+        self, recipe: NeuroPruneRecipe | BudgetRecipe, *, seed: int = 0, resume_from: str | None = None
+    ) -> None:
+        self.recipe, self.seed, self.resume_from = recipe, seed, resume_from
+        self.pruner: Pruner | None = None
+        self._news: SolveEvent | None = None
+
+    def lead(self, trainer: Any) -> TopoPruneCallback:
+        """Move this callback before the Trainer's reporters, so that they see its figures."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Build the pruner, attach it, and on resume load its state."""
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True would bring back weights from before the last pruning decision; "
+                "set it to False and evaluate the final model"
+            )
+        epochs = args.num_train_epochs if args.max_steps <= 0 else max(state.num_train_epochs, 1)
+        per_epoch = max(1, math.ceil(state.max_steps / max(epochs, 1e-9)))
+        self.pruner = Pruner(
+            kwargs["model"], self.recipe, total_steps=state.max_steps, steps_per_epoch=per_epoch, seed=self.seed
+        )
+        self.pruner.on_solve = self._remember
+        try:
+            if state.global_step > 0:
+                self.pruner.load_state_dict(load_state(self._state_path(args, state)))
+            self.pruner.attach(kwargs["optimizer"])
+        except Exception:
+            self.pruner.close()
+            raise
+
+    def _state_path(self, args: TrainingArguments, state: TrainerState) -> Path:
+        folders = [self.resume_from, args.resume_from_checkpoint]
+        folders.append(str(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"))
+        found = [Path(f) / STATE_FILE for f in folders if isinstance(f, str) and (Path(f) / STATE_FILE).is_file()]
+        if not found:
+            raise ValueError(
+                f"training resumes at step {state.global_step}, but no {STATE_FILE} lies in "
+                f"{[f for f in folders if f]}; pass TopoPruneCallback(..., resume_from=<checkpoint folder>)"
+            )
+        return found[0]
+
+    def _remember(self, event: SolveEvent) -> None:
+        self._news = event
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a log after a decision."""
+        if self._news is not None:
+            control.should_log = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add sparsity to every log, and what was decided to the log after a decision."""
+        if self.pruner is None or logs is None or self.pruner.handle.closed:
+            return
+        figures = self.pruner.sparsity()
+        extra: dict[str, Any] = {
+            "topoprune/zeros": round(figures.zeros, 6),
+            "topoprune/removable": round(figures.removable, 6),
+            "topoprune/heads": sum(kept for name, (kept, _) in figures.kept.items() if name.endswith("attention")),
+        }
+        if self._news is not None:
+            event, self._news = self._news, None
+            extra["topoprune/gap"] = event.gap
+            extra |= {f"topoprune/{part}_seconds": round(value, 6) for part, value in event.seconds.items()}
+        logs.update(extra)
+        if state.log_history:
+            state.log_history[-1].update(extra)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the pruner's state into the checkpoint just made."""
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if self.pruner is not None and folder.is_dir() and state.is_world_process_zero:
+            save_state(self.pruner.state_dict(), folder / STATE_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Release the model; the zeros stay in the weights."""
+        if self.pruner is not None:
+            self.pruner.close()

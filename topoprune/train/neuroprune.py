@@ -1,0 +1,166 @@
+"""The paper's training method: two penalties at each step, a head decision after each epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from topoprune_solvers import DominatingSet
+from topoprune_solvers import solve as solve_problem
+
+from topoprune.extract import extract
+from topoprune.graph import Graph, Site
+from topoprune.planning import Plan, resolve_theta
+from topoprune.repair import merged_weights
+from topoprune.sparsity import row_view
+from topoprune.train.decision import Decision, expand
+from topoprune.train.penalties import (
+    Scratch,
+    attachment_weights,
+    group_sqrt_gradient,
+    prox_group_sqrt,
+    prox_weighted_l1,
+    weighted_l1_gradient,
+)
+from topoprune.train.recipe import NeuroPruneRecipe
+
+__all__ = ["NeuroPruneDriver"]
+
+
+class NeuroPruneDriver:
+    """Runs a `NeuroPruneRecipe` on behalf of a `Pruner` (Alg. 1)."""
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], recipe: NeuroPruneRecipe, total_steps: int, steps_per_epoch: int
+    ) -> None:
+        self.model, self.sites, self.recipe = model, tuple(sites), recipe
+        self.steps_per_epoch = steps_per_epoch
+        self.attention = [site for site in sites if site.kind in ("head", "kv_group")]
+        if recipe.merge == "paper":
+            # Dry run with every head pruned into the first: refuses here, before training, what it cannot do.
+            merged_weights(model, sites, _everything_into_first(self.sites, self.attention), "paper", {})
+        self._scratch = Scratch()
+        self._rows = list(_attachment_rows(model, sites))
+        self._groups = list(_group_rows(model, sites))
+
+    def close(self) -> None:
+        """Nothing to remove."""
+
+    def due(self, step: int) -> bool:
+        """True after the last step of an epoch."""
+        return step % self.steps_per_epoch == 0
+
+    def watch(self, step: int) -> None:
+        """Nothing to collect: heads are compared by their weights."""
+
+    @torch.no_grad()
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """With ``penalty="loss"``: add the penalties' subgradients to the loss gradient."""
+        if self.recipe.penalty != "loss":
+            return
+        # Fused optimizers unscale AMP gradients inside the step, so what joins them is scaled too.
+        scale = getattr(optimizer, "grad_scale", None)
+        factor = 1.0 if scale is None else float(scale)
+        for rows in self._groups:
+            for (parameter, axis), slope in zip(rows, group_sqrt_gradient(_views(rows)), strict=True):
+                if parameter.grad is not None:
+                    row_view(parameter.grad, axis).add_(slope, alpha=self.recipe.alpha * factor)
+        for rows in self._rows:
+            parts = _views(rows)
+            weights = attachment_weights(parts, self.recipe.epsilon, self.recipe.eq1, scratch=self._scratch)
+            for (parameter, axis), part in zip(rows, parts, strict=True):
+                if parameter.grad is not None:
+                    slope = weighted_l1_gradient(part, weights)
+                    row_view(parameter.grad, axis).add_(slope, alpha=self.recipe.beta * factor)
+
+    @torch.no_grad()
+    def after_step(self, learning_rates: Mapping[nn.Parameter, float]) -> None:
+        """With ``penalty="proximal"``: take the decoupled proximal steps (T3)."""
+        if self.recipe.penalty != "proximal":
+            return
+        for rows in self._groups:
+            strength = self._step(rows[0][0], learning_rates) * self.recipe.alpha
+            if strength:
+                prox_group_sqrt(_views(rows), strength, scratch=self._scratch)
+        for rows in self._rows:
+            strength = self._step(rows[0][0], learning_rates) * self.recipe.beta
+            if strength:
+                parts = _views(rows)
+                weights = attachment_weights(parts, self.recipe.epsilon, self.recipe.eq1, scratch=self._scratch)
+                prox_weighted_l1(parts, weights.mul_(strength), self._scratch)
+
+    def _step(self, parameter: nn.Parameter, learning_rates: Mapping[nn.Parameter, float]) -> float:
+        if parameter not in learning_rates:
+            return 0.0  # frozen: not trained, so not penalised either
+        return learning_rates[parameter] if self.recipe.prox_scale == "lr" else 1.0
+
+    def decide(self, step: int, plan: Plan, seed: int) -> Decision:
+        """Alg. 2 and 3 on the live heads of every attention layer, with the paper's merge."""
+        started = time.perf_counter()
+        graph = extract(
+            self.model, measure="weights-linf", sites=self.attention, include=("heads",), digest_weights=False
+        )
+        extracted = time.perf_counter()
+        solutions, thetas, fresh = dict(plan.solutions), {}, {}
+        for site in self.attention:
+            live = np.flatnonzero(plan.keep(site.name))
+            distance = graph.redundancy[site.name].to_dense()[np.ix_(live, live)]
+            alive = Graph.from_dense(distance)
+            thetas[site.name] = resolve_theta(self.recipe.theta, alive)
+            near = alive.at_most(thetas[site.name])
+            solution = solve_problem(DominatingSet(near.indptr, near.indices, near.weight), "neuroprune", seed=seed)
+            solutions[site.name] = expand(solution, live, site.n_units, plan.solutions.get(site.name))
+            fresh[site.name] = expand(solution, live, site.n_units, None)
+        solved = time.perf_counter()
+        new = Plan(self.sites, solutions, request={**self.recipe.to_dict(), "step": step, "thetas": thetas})
+        # Only heads that go now are merged: those gone before hold zeros.
+        changed = merged_weights(self.model, self.sites, Plan(self.sites, fresh), self.recipe.merge, {})
+        done = time.perf_counter()
+        return Decision(
+            new, changed, thetas, {"extract": extracted - started, "solve": solved - extracted, "repair": done - solved}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing beyond the plan and the step."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+Rows = list[tuple[nn.Parameter, int]]  # matrices that share rows, each with the axis the rows lie on
+
+
+def _views(rows: Rows) -> list[torch.Tensor]:
+    return [row_view(parameter.detach(), axis) for parameter, axis in rows]
+
+
+def _attachment_rows(model: nn.Module, sites: Iterable[Site]) -> Iterable[Rows]:
+    """Yield Eq. 1's matrices: [gate_i, up_i] or in_i per neuron, then out rows per residual dimension."""
+    for site in sites:
+        if site.kind == "neuron":
+            yield [(model.get_parameter(p.param), p.axis) for p in site.reads if len(p.shape) == 2]
+            yield [(model.get_parameter(p.param), 1 - p.axis) for p in site.writes]
+
+
+def _group_rows(model: nn.Module, sites: Iterable[Site]) -> Iterable[Rows]:
+    """Yield Eq. 2's matrices: the rows of [Q; K; V] over input dimensions."""
+    for site in sites:
+        if site.kind == "input_dim":
+            axes = {p.param: p.axis for p in site.reads}  # a fused projection counts once
+            yield [(model.get_parameter(name), axis) for name, axis in axes.items()]
+
+
+def _everything_into_first(sites: tuple[Site, ...], attention: Sequence[Site]) -> Plan:
+    from topoprune_solvers import Solution, Status
+
+    solutions = {}
+    for site in attention:
+        keep = np.zeros(site.n_units, dtype=bool)
+        keep[:1] = True
+        solutions[site.name] = Solution(keep, 1.0, "min", Status.FEASIBLE, "dry-run", dominator=np.zeros(site.n_units))
+    return Plan(sites, solutions)

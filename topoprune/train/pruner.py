@@ -1,0 +1,284 @@
+"""Prune while training: one line in a plain loop.
+
+    pruner = Pruner(model, Recipe.budget(sparsity=0.5), total_steps=1000, steps_per_epoch=250).attach(optimizer)
+
+The pruner works through the optimizer's own step hooks (T4): before a step it masks gradients,
+after it it takes proximal steps, enforces masks and, when the recipe says so, extracts a graph,
+solves it and puts the new plan in force.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from topoprune_solvers import Bound, Solution, Status
+
+from topoprune.architectures import find_sites
+from topoprune.extract import check_finite, named_tensors
+from topoprune.graph import Site, structure_digest
+from topoprune.masks import MaskHandle, open_handle, unwrap
+from topoprune.planning import Plan
+from topoprune.sparsity import Sparsity, measure_sparsity
+from topoprune.train.budget import BudgetDriver
+from topoprune.train.decision import Decision
+from topoprune.train.neuroprune import NeuroPruneDriver
+from topoprune.train.recipe import BudgetRecipe, NeuroPruneRecipe
+
+__all__ = ["Pruner", "SolveEvent"]
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SolveEvent:
+    """One decision during training.
+
+    Args:
+        step: optimizer steps done. solver: registry names used.
+        removed: site (or parameter) name -> number of units (or edges) that went now.
+        kept: site name -> units that stay, heads and KV groups.
+        gap: worst relative gap of the solutions; nan if one has no bound.
+        seconds: ``extract``, ``solve``, ``repair``.
+        thetas: resolved distance thresholds (NeuroPrune).
+        zeros, removable: shares after the decision.
+    """
+
+    step: int
+    solver: str
+    removed: Mapping[str, int]
+    kept: Mapping[str, int]
+    gap: float
+    seconds: Mapping[str, float]
+    thetas: Mapping[str, float] = field(default_factory=dict)
+    zeros: float = 0.0
+    removable: float = 0.0
+
+
+class Pruner:
+    """Runs a recipe on a live model.
+
+    Args:
+        model: a supported transformers model (or any module, with `sites`).
+        recipe: from `Recipe.neuroprune` or `Recipe.budget`.
+        total_steps: optimizer steps of the whole training (budget: the ramp lies on it).
+        steps_per_epoch: optimizer steps of an epoch (neuroprune: heads are decided after each).
+        seed: for solvers that draw random numbers.
+        sites: prunable sites by hand; default: found by the model's family.
+
+    Raises:
+        ValueError: a missing value the recipe needs, a budget the model cannot reach, a merge it
+            does not admit, a model already masked, non-finite weights. The model is untouched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: NeuroPruneRecipe | BudgetRecipe,
+        *,
+        total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        sites: tuple[Site, ...] | None = None,
+    ) -> None:
+        self.model = unwrap(model)
+        self.recipe, self.seed = recipe, seed
+        if not isinstance(recipe, (NeuroPruneRecipe, BudgetRecipe)):
+            raise ValueError(f"recipe is {recipe!r}; use Recipe.neuroprune(...) or Recipe.budget(...)")
+        self.total_steps = _needed("total_steps", total_steps, isinstance(recipe, BudgetRecipe), recipe)
+        self.steps_per_epoch = _needed("steps_per_epoch", steps_per_epoch, isinstance(recipe, NeuroPruneRecipe), recipe)
+        self.sites = tuple(find_sites(self.model) if sites is None else sites)
+        check_finite(named_tensors(self.model), self.sites)
+        driver = NeuroPruneDriver if isinstance(recipe, NeuroPruneRecipe) else BudgetDriver
+        self._driver = driver(self.model, self.sites, recipe, self.total_steps, self.steps_per_epoch)  # type: ignore[arg-type]
+        if open_handle(self.model) is not None:
+            raise ValueError("this model is already pruned by an open MaskHandle or Pruner; close() it first")
+        self.handle = MaskHandle(self.model, Plan(self.sites, {}), sites=self.sites, stash=False)
+        self.step = 0
+        self.history: list[SolveEvent] = []
+        self.seconds = {"hooks": 0.0, "extract": 0.0, "solve": 0.0, "repair": 0.0}
+        self.on_solve: Callable[[SolveEvent], None] | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._hooks: list[Any] = []
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self.handle.plan
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
+        """Hook into an optimizer; returns the pruner. Once per pruner.
+
+        Raises:
+            ValueError: attached already, or the optimizer trains none of the model's parameters.
+        """
+        if self._optimizer is not None:
+            raise ValueError("this Pruner is attached to an optimizer already; make a new one")
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
+        own = {id(parameter) for parameter in self.model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer has none of this model's parameters; build it from model.parameters()")
+        self._optimizer = optimizer
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+        self._driver.watch(self.step)
+        return self
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        started = time.perf_counter()
+        self._driver.before_step(optimizer)  # penalties first: what they add to masked weights goes too
+        self.handle.mask_gradients()
+        self.seconds["hooks"] += time.perf_counter() - started
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        started = time.perf_counter()
+        rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        self._driver.after_step(rates)
+        self.handle.enforce()
+        self.step += 1
+        self.seconds["hooks"] += time.perf_counter() - started
+        if self._driver.due(self.step):
+            self._decide(optimizer)
+        self._driver.watch(self.step)
+
+    def _decide(self, optimizer: torch.optim.Optimizer) -> None:
+        check_finite(named_tensors(self.model), self.sites)
+        before = self.plan
+        decision = self._driver.decide(self.step, before, self.seed)
+        started = time.perf_counter()
+        with torch.no_grad():
+            for name, tensor in decision.changed.items():
+                self.model.get_parameter(name).copy_(tensor)
+        self.handle.refresh(decision.plan)
+        self.handle.clear_optimizer_state(optimizer)
+        for part, value in decision.seconds.items():
+            self.seconds[part] += value
+        self.seconds["hooks"] += time.perf_counter() - started
+        self.history.append(self._event(before, decision))
+        if self.on_solve is not None:
+            self.on_solve(self.history[-1])
+
+    def _event(self, before: Plan, decision: Decision) -> SolveEvent:
+        plan = decision.plan
+        removed = {}
+        for name, solution in plan.solutions.items():
+            earlier = before.solutions[name].n_kept if name in before.solutions else solution.n_units
+            removed[name] = earlier - solution.n_kept
+        kept = {s.name: int(plan.keep(s.name).sum()) for s in self.sites if s.kind in ("head", "kv_group")}
+        figures = self.sparsity()
+        return SolveEvent(
+            self.step,
+            ", ".join(sorted({s.solver for s in plan.solutions.values()})),
+            removed,
+            kept,
+            plan.gap,
+            dict(decision.seconds),
+            dict(decision.thetas),
+            figures.zeros,
+            figures.removable,
+        )
+
+    def sparsity(self) -> Sparsity:
+        """Return zeros, removable and gatherable shares of the live model."""
+        return measure_sparsity(self.model, self.sites)
+
+    def close(self) -> None:
+        """Detach from the optimizer and release the model; the zeros stay in the weights."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._driver.close()
+        self.handle.close(restore=False)
+
+    def __enter__(self) -> Pruner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all a resumed run needs (T7): step, plan, half-collected moments, history.
+
+        Tensors, numbers and strings only, so it survives ``torch.save`` with ``weights_only`` loading.
+        """
+        solutions: dict[str, Any] = {}
+        for name, s in self.plan.solutions.items():
+            solutions[name] = {
+                "keep": torch.from_numpy(s.keep.copy()),
+                "dominator": None if s.dominator is None else torch.from_numpy(s.dominator.copy()),
+                "distance": None if s.dominator_distance is None else torch.from_numpy(s.dominator_distance.copy()),
+                "meta": json.dumps([s.objective, s.sense, s.status.name, s.solver, s.seconds,
+                                    None if s.bound is None else [s.bound.value, s.bound.source]]),
+            }  # fmt: skip
+        return {
+            "version": STATE_VERSION,
+            "structure_digest": structure_digest(self.sites),
+            "recipe": json.dumps(self.recipe.to_dict()),
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "seed": self.seed,
+            "solutions": solutions,
+            "edge_axes": json.dumps({k: [axis, list(shape)] for k, (axis, shape) in self.plan.edge_axes.items()}),
+            "request": json.dumps(dict(self.plan.request), default=str),
+            "history": json.dumps([asdict(event) for event in self.history]),
+            "driver": self._driver.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`. Load the model's and the optimizer's state as well.
+
+        Raises:
+            ValueError: a state of another model, recipe or schedule; nothing is changed then.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"pruner state has version {state.get('version')!r}, expected {STATE_VERSION}")
+        if state["structure_digest"] != structure_digest(self.sites):
+            raise ValueError("the pruner state is of another model (structure digests differ)")
+        here = json.loads(json.dumps(self.recipe.to_dict()))
+        if json.loads(state["recipe"]) != here:
+            raise ValueError(f"the pruner state is of recipe {state['recipe']}, this run has {json.dumps(here)}")
+        for name in ("total_steps", "steps_per_epoch"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"the pruner state has {name}={state[name]}, this run {getattr(self, name)}")
+        axes = {name: (axis, (shape[0], shape[1])) for name, (axis, shape) in json.loads(state["edge_axes"]).items()}
+        solutions = {name: _solution(entry) for name, entry in state["solutions"].items()}
+        self.handle.refresh(Plan(self.sites, solutions, axes, json.loads(state["request"])))
+        self.step = int(state["step"])
+        self.history = [SolveEvent(**event) for event in json.loads(state["history"])]
+        self._driver.load_state_dict(state["driver"])
+        self._driver.watch(self.step)
+
+
+def _solution(entry: Mapping[str, Any]) -> Solution:
+    objective, sense, status, solver, seconds, bound = json.loads(entry["meta"])
+    return Solution(
+        keep=entry["keep"].numpy(),
+        objective=objective,
+        sense=sense,
+        status=Status[status],
+        solver=solver,
+        bound=None if bound is None else Bound(*bound),
+        dominator=None if entry["dominator"] is None else entry["dominator"].numpy(),
+        dominator_distance=None if entry["distance"] is None else entry["distance"].numpy(),
+        seconds=seconds,
+    )
+
+
+def _needed(name: str, value: int | None, needed: bool, recipe: object) -> int:
+    if value is None:
+        if needed:
+            raise ValueError(f"{type(recipe).__name__} needs {name}=, the number of optimizer steps")
+        return 0
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a number of optimizer steps >= 1")
+    return int(value)
+
