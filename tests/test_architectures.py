@@ -10,9 +10,22 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, CamembertConfig, CamembertModel, MistralConfig, MistralModel
-from transformers import GPT2Config, GPT2Model, MT5Config, MT5Model, OPTForCausalLM, T5EncoderModel, XLMRobertaConfig
-from transformers import XLMRobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CamembertConfig,
+    CamembertModel,
+    GPT2Config,
+    GPT2Model,
+    MistralConfig,
+    MistralModel,
+    MT5Config,
+    MT5Model,
+    OPTForCausalLM,
+    T5EncoderModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
 from tests.tiny import FAMILIES, HEADS, HIDDEN, LAYERS, NEURONS, build, inputs
 from topoprune.architectures import (
@@ -27,7 +40,7 @@ from topoprune.architectures import (
     matrix_parameters,
     model_config,
 )
-from topoprune.extract import named_tensors, unit_blocks, unit_rows
+from topoprune.extraction import named_tensors, unit_blocks, unit_rows
 from topoprune.graph import Site, TensorSlice, structure_digest
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -228,7 +241,12 @@ def test_grouped_query_widths() -> None:
 
 def test_equal_kv_heads_are_plain_heads() -> None:
     config = MistralConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, intermediate_size=8
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=8,
     )
     assert find_sites(MistralModel(config))[0].kind == "head"
 
@@ -259,7 +277,9 @@ def test_unit_rows_of_chosen_units() -> None:
 
 
 def test_gpt2_without_inner_width_has_four_times_hidden() -> None:
-    model = GPT2Model(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2))
+    model = GPT2Model(
+        GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2)
+    )
     assert find_sites(model, ("neurons",))[0].n_units == 32
 
 
@@ -294,7 +314,9 @@ def test_already_pruned_model_is_refused() -> None:
     model = build("bert")
     layer = model.bert.encoder.layer[1]
     layer.intermediate.dense = nn.Linear(HIDDEN, 17)
-    with pytest.raises(ValueError, match=r"encoder\.layer\.1\.intermediate\.dense.*\(17, 24\).*\(40, 24\).*already pruned"):
+    with pytest.raises(
+        ValueError, match=r"encoder\.layer\.1\.intermediate\.dense.*\(17, 24\).*\(40, 24\).*already pruned"
+    ):
         find_sites(model)
 
 
@@ -315,7 +337,7 @@ def test_two_models_in_one_are_ambiguous() -> None:
 def test_none_of_the_modules_fit() -> None:
     model = nn.Linear(2, 2)
     model.config = BertConfig()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="none of its modules end in 'encoder.layer.0.attention.output.dense'"):
+    with pytest.raises(ValueError, match=r"none of its modules end in 'encoder\.layer\.0\.attention"):
         find_sites(model)
 
 
@@ -353,7 +375,13 @@ def test_declaration_of_a_feed_forward_block_is_checked() -> None:
 
 
 SITE = Site(
-    "ffn", "neuron", 4, 1, (TensorSlice("0.weight", 0, "in", (4, 3)),), (TensorSlice("2.weight", 1, "out", (3, 4)),), "2"
+    "ffn",
+    "neuron",
+    4,
+    1,
+    (TensorSlice("0.weight", 0, "in", (4, 3)),),
+    (TensorSlice("2.weight", 1, "out", (3, 4)),),
+    "2",
 )
 
 

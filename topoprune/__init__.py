@@ -1,8 +1,8 @@
 """Graph-algorithm-centric pruning of transformers: extract, solve, apply, with certificates.
 
-    graph = extract(model)                       # units, distances, worth: an explicit graph
-    plan = solve(graph, budget=0.5)              # what stays, and how good that choice is
-    with apply(model, plan): ...                 # masks in the live model
+graph = extract(model)                       # units, distances, worth: an explicit graph
+plan = solve(graph, budget=0.5)              # what stays, and how good that choice is
+with apply(model, plan): ...                 # masks in the live model
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from topoprune.architectures import find_sites, register_family
-    from topoprune.extract import extract
+    from topoprune.extraction import extract
     from topoprune.graph import BipartiteGraph, Graph, ModelGraph, Site, TensorSlice
     from topoprune.masks import MaskHandle, apply
     from topoprune.planning import Comparison, Plan, compare, solve
@@ -37,7 +37,7 @@ _HOME = {
     "apply": "masks",
     "compare": "planning",
     "connectivity_sd": "sparsity",
-    "extract": "extract",
+    "extract": "extraction",
     "find_sites": "architectures",
     "measure_sparsity": "sparsity",
     "register_family": "architectures",

@@ -20,9 +20,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from topoprune_solvers import adjacency_from_dense, adjacency_from_edges, check_adjacency
 
 from topoprune.files import atomic_path, read_npz, write_npz
+from topoprune_solvers import adjacency_from_dense, adjacency_from_edges, check_adjacency
 
 if TYPE_CHECKING:
     import igraph
@@ -43,8 +43,8 @@ class TensorSlice:
     Args:
         param: qualified parameter name in the model.
         axis: the tensor axis the units lie on.
-        role: ``"q" "k" "v" "o"`` (attention), ``"in" "gate" "up" "out"`` (FFN), with ``"_bias"``
-            appended for biases.
+        role: ``"q" "k" "v" "o"`` (attention; ``"qkv"`` for the input dimensions of a fused
+            projection), ``"in" "gate" "up" "out"`` (FFN), with ``"_bias"`` appended for biases.
         offset: first index of unit 0 (non-zero in fused projections).
         width: indices a unit owns.
         shape: full shape of the parameter.
@@ -143,7 +143,13 @@ def structure_digest(sites: Iterable[Site]) -> str:
     under a task head.
     """
     rows = sorted(
-        [s.name, s.kind, s.n_units, s.unit_width, [[t.role, t.axis, t.offset, t.width, list(t.shape)] for t in s.slices]]
+        [
+            s.name,
+            s.kind,
+            s.n_units,
+            s.unit_width,
+            [[t.role, t.axis, t.offset, t.width, list(t.shape)] for t in s.slices],
+        ]
         for s in sites
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -422,7 +428,10 @@ class ModelGraph:
 
     def summary(self) -> str:
         """Return a readable table, one line a site."""
-        lines = [f"{self!r}", f"{'site':34} {'kind':9} {'units':>6} {'edges':>9} {'density':>8} {'importance':>18}  measure"]
+        lines = [
+            f"{self!r}",
+            f"{'site':34} {'kind':9} {'units':>6} {'edges':>9} {'density':>8} {'importance':>18}  measure",
+        ]
         for site in self.sites:
             graph, worth = self.redundancy.get(site.name), self.importance.get(site.name)
             edges = f"{graph.n_edges:9d} {graph.density:8.3f}" if graph is not None else f"{'-':>9} {'-':>8}"
@@ -430,7 +439,9 @@ class ModelGraph:
             measure = self.measures.get(site.name, "-")
             lines.append(f"{site.name:34} {site.kind:9} {site.n_units:6d} {edges} {span:>18}  {measure}")
         for name, wires in self.connectivity.items():
-            lines.append(f"{name:34} {'edges':9} {wires.shape[0]:6d} {wires.shape[0] * wires.shape[1]:9d} {wires.density():8.3f}")
+            lines.append(
+                f"{name:34} {'edges':9} {wires.shape[0]:6d} {wires.shape[0] * wires.shape[1]:9d} {wires.density():8.3f}"
+            )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -480,7 +491,12 @@ class ModelGraph:
         graph = cls(
             sites=tuple(Site.from_dict(site) for site in header["sites"]),
             redundancy={
-                name: Graph(*(arrays[f"redundancy/{name}/{part}"] for part in ("indptr", "indices", "weight")), flag)
+                name: Graph(
+                    arrays[f"redundancy/{name}/indptr"],
+                    arrays[f"redundancy/{name}/indices"],
+                    arrays[f"redundancy/{name}/weight"],
+                    normalised=flag,
+                )
                 for name, flag in header["normalised"].items()
             },
             connectivity={
@@ -501,4 +517,3 @@ class ModelGraph:
 def _by_label(arrays: Mapping[str, np.ndarray], label: str) -> dict[str, np.ndarray]:
     prefix = f"{label}/"
     return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-

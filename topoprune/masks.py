@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from topoprune.architectures import FAMILIES, check_sites, find_sites
-from topoprune.extract.gram import collect_gram
-from topoprune.extract.tensors import weights_digest
+from topoprune.extraction.gram import collect_gram
+from topoprune.extraction.tensors import weights_digest
 from topoprune.graph import Site, structure_digest
 from topoprune.planning import Plan
 from topoprune.repair import Merge, merged_weights
@@ -102,6 +102,7 @@ def apply(
     if open_handle(model) is not None:
         raise ValueError("this model is already pruned by an open MaskHandle; close() it or use its refresh(plan)")
     sites = fit_sites(model, plan.sites)
+    _check_edges(model, sites, plan)
     if plan.weights_digest and not allow_changed_weights and weights_digest(model, sites) != plan.weights_digest:
         raise ValueError(
             "the model's weights have changed since the plan was made; extract and solve again, "
@@ -118,11 +119,34 @@ def apply(
     return MaskHandle(model, plan, sites=sites, changed=changed)
 
 
+def _renaming(plan: Plan, sites: Sequence[Site]) -> dict[str, str]:
+    """Map parameter names of the planned model to names of the model whose sites are given."""
+    here = {site.name: site for site in sites}
+    return {
+        old.param: new.param
+        for planned in plan.sites
+        for old, new in zip(planned.slices, here[planned.name].slices, strict=True)
+    }
+
+
+def _check_edges(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+    renamed, params = _renaming(plan, sites), dict(model.named_parameters())
+    for name, (axis, shape) in plan.edge_axes.items():
+        parameter = params.get(renamed.get(name, name))
+        expected = shape if axis == 0 else shape[::-1]
+        if parameter is None or tuple(parameter.shape) != tuple(expected):
+            found = "no such parameter" if parameter is None else f"one of shape {tuple(parameter.shape)}"
+            raise ValueError(
+                f"this plan is of another model: it masks edges of {name!r} with shape {expected}, there is {found} here"
+            )
+
+
 def _check_finite(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
-    decided = set(plan.solutions)
-    names = {piece.param for site in sites if site.name in decided for piece in site.slices} | set(plan.edge_axes)
+    decided, renamed = set(plan.solutions), _renaming(plan, sites)
+    names = {piece.param for site in sites if site.name in decided for piece in site.slices}
+    names |= {renamed.get(name, name) for name in plan.edge_axes}
     params = dict(model.named_parameters())
-    for name in sorted(names & set(params)):
+    for name in sorted(names):
         if not torch.isfinite(params[name]).all():
             raise ValueError(f"parameter {name!r} has non-finite values; fix or reload the model before pruning")
 
@@ -147,7 +171,7 @@ class MaskHandle:
         changed: Mapping[str, torch.Tensor] | None = None,
         stash: bool = True,
     ) -> None:
-        self.model = unwrap(model)
+        self._model = weakref.ref(unwrap(model))  # weak: the registry below must not keep a forgotten model alive
         self.sites = tuple(fit_sites(self.model, plan.sites) if sites is None else sites)
         self._stash: dict[str, torch.Tensor] | None = {} if stash else None
         self._hooks: list[Any] = []
@@ -180,23 +204,14 @@ class MaskHandle:
         masks: dict[str, list[torch.Tensor]] = {}
         for (param, axis), vector in vectors.items():
             tensor = params[param]
-            shape = [1] * tensor.ndim
-            shape[axis] = -1
-            masks.setdefault(param, []).append(_as_mask(vector, tensor).view(shape))
-        renamed = self._renaming(plan)
+            broadcast = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
+            masks.setdefault(param, []).append(_as_mask(vector, tensor).view(broadcast))
+        renamed = _renaming(plan, self.sites)
         for name, (axis, shape) in plan.edge_axes.items():
             keep = plan.solutions[name].keep.reshape(shape)
             param = renamed.get(name, name)
             masks.setdefault(param, []).append(_as_mask(keep if axis == 0 else keep.T, params[param]))
         return masks
-
-    def _renaming(self, plan: Plan) -> dict[str, str]:
-        """Map parameter names of the planned model to names of this one."""
-        return {
-            old.param: new.param
-            for planned, here in zip(plan.sites, self.sites, strict=True)
-            for old, new in zip(planned.slices, here.slices, strict=True)
-        }
 
     def _stash_one(self, name: str) -> None:
         assert self._stash is not None
@@ -204,9 +219,18 @@ class MaskHandle:
             self._stash[name] = self.model.get_parameter(name).detach().clone()
 
     @property
+    def model(self) -> nn.Module:
+        """The masked model; ValueError once it no longer exists."""
+        model = self._model()
+        if model is None:
+            raise ValueError("the model of this MaskHandle no longer exists; keep a reference to it")
+        return model
+
+    @property
     def closed(self) -> bool:
-        """True after `close`."""
-        return _MASKED.get(self.model) is not self
+        """True after `close`, and when the model no longer exists."""
+        model = self._model()
+        return model is None or _MASKED.get(model) is not self
 
     def masks(self) -> dict[str, torch.Tensor]:
         """Return parameter name -> bool tensor of its shape, True where a weight stays."""
@@ -252,6 +276,7 @@ class MaskHandle:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> MaskHandle:
         """Keep the masks through training with this optimizer (T1, T2); returns the handle."""
+        self._require_open()
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
         self.clear_optimizer_state(optimizer)
         self._optimizers.append(optimizer)
@@ -266,7 +291,7 @@ class MaskHandle:
             ValueError: a plan of another model; nothing is changed then.
         """
         self._require_open()
-        fit_sites(self.model, plan.sites)
+        _check_edges(self.model, fit_sites(self.model, plan.sites), plan)
         if structure_digest(plan.sites) != structure_digest(self.sites):
             raise ValueError("refresh(plan) needs a plan over the same sites as the one in force")
         before, self.plan = self.plan, plan
@@ -325,8 +350,10 @@ class MaskHandle:
             if tuple(keep.shape) != here.keep.shape:
                 raise ValueError(f"state of {name!r} has {tuple(keep.shape)} entries, expected {here.keep.shape}")
             array = keep.cpu().numpy().astype(bool)
-            solutions[name] = here if np.array_equal(array, here.keep) else replace(
-                here, keep=array, dominator=None, dominator_distance=None, bound=None
+            solutions[name] = (
+                here
+                if np.array_equal(array, here.keep)
+                else replace(here, keep=array, dominator=None, dominator_distance=None, bound=None)
             )
         self.refresh(replace(self.plan, solutions=solutions))
 
@@ -345,7 +372,7 @@ class MaskHandle:
 def _as_mask(keep: np.ndarray, parameter: torch.Tensor) -> torch.Tensor:
     """Return a mask to multiply with: the parameter's dtype on CPU (bool products are 6x slower
     there), bool on accelerators (an eighth to a quarter of the memory)."""
-    mask = torch.from_numpy(np.ascontiguousarray(keep))
+    mask = torch.from_numpy(np.array(keep, order="C"))
     if parameter.device.type == "cpu":
         return mask.to(parameter.dtype)
     return mask.to(parameter.device)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+
+from topoprune.files import read_npz, write_npz
+from topoprune.graph import SCHEMA_VERSION, Graph, ModelGraph, Site, structure_digest
 from topoprune_solvers import (
     Bound,
     BudgetedDomination,
@@ -22,12 +25,11 @@ from topoprune_solvers import (
     Solver,
     Status,
     available_solvers,
+    best_bound,
     get_solver,
+    relative_gap,
     solve_many,
 )
-
-from topoprune.files import read_npz, write_npz
-from topoprune.graph import SCHEMA_VERSION, Graph, ModelGraph, Site, structure_digest
 
 __all__ = ["Comparison", "Plan", "ProblemName", "compare", "resolve_theta", "solve"]
 
@@ -86,8 +88,11 @@ class Plan:
         return sum(solution.seconds for solution in self.solutions.values())
 
     def site(self, name: str) -> Site:
-        """Return a site of the plan by name."""
-        return next(site for site in self.sites if site.name == name)
+        """Return a site of the plan by name; KeyError lists the known ones."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(f"unknown site {name!r}; known: {', '.join(s.name for s in self.sites)}")
 
     def keep(self, name: str) -> np.ndarray:
         """Return the (n,) bool keep mask of a site, all True where nothing was decided."""
@@ -143,7 +148,10 @@ class Plan:
 
     def summary(self) -> str:
         """Return a readable table, one line a site."""
-        lines = [repr(self), f"{'site':34} {'kept':>13} {'objective':>11} {'bound':>11} {'gap':>7} {'ms':>8}  solver, bound source"]
+        lines = [
+            repr(self),
+            f"{'site':34} {'kept':>13} {'objective':>11} {'bound':>11} {'gap':>7} {'ms':>8}  solver, bound source",
+        ]
         for row in self.table():
             bound = "-" if row["bound"] is None else f"{row['bound']:.5g}"
             gap = "-" if math.isnan(row["gap"]) else f"{row['gap']:.2%}"
@@ -196,6 +204,16 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan written by `save`; ValueError if it is not one, or was altered."""
         header, arrays = read_npz(path, "topoprune.Plan", SCHEMA_VERSION)
+        try:
+            plan = cls._from_file(header, arrays)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a complete topoprune.Plan file: {error!r} is missing or wrong") from error
+        if plan.structure_digest != header["structure_digest"]:
+            raise ValueError(f"{path}: the sites do not match the recorded digest; the file was altered")
+        return plan
+
+    @classmethod
+    def _from_file(cls, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Plan:
         solutions = {}
         for name, row in header["solutions"].items():
             solutions[name] = Solution(
@@ -209,16 +227,13 @@ class Plan:
                 dominator_distance=arrays.get(f"distance/{name}"),
                 seconds=row["seconds"],
             )
-        plan = cls(
+        return cls(
             tuple(Site.from_dict(site) for site in header["sites"]),
             solutions,
             {name: (axis, (shape[0], shape[1])) for name, (axis, shape) in header["edge_axes"].items()},
             header["request"],
             header["weights_digest"],
         )
-        if plan.structure_digest != header["structure_digest"]:
-            raise ValueError(f"{path}: the sites do not match the recorded digest; the file was altered")
-        return plan
 
 
 def resolve_theta(theta: float | str, graph: Graph) -> float:
@@ -237,7 +252,9 @@ def resolve_theta(theta: float | str, graph: Graph) -> float:
         except ValueError:
             q = math.nan
         if head != "auto" or not 0 <= q <= 1:
-            raise ValueError(f"theta is {theta!r}; expected a number >= 0 or 'auto:q' with q in [0, 1], e.g. 'auto:0.1'")
+            raise ValueError(
+                f"theta is {theta!r}; expected a number >= 0 or 'auto:q' with q in [0, 1], e.g. 'auto:0.1'"
+            )
         return graph.quantile(q) if graph.n_edges else 0.0
     if isinstance(theta, bool) or not isinstance(theta, (int, float, np.floating, np.integer)):
         raise ValueError(f"theta is {theta!r}; expected a number >= 0 or 'auto:q'")
@@ -418,6 +435,9 @@ class Comparison:
 def compare(graph: ModelGraph, solvers: Sequence[str | Solver] | None = None, **request: Any) -> Comparison:
     """Solve the same problems with several solvers; sums over sites, worst gap.
 
+    The bound of a site is the best that any of the solvers proved, so a heuristic without a
+    bound of its own is measured too.
+
     Args:
         graph: from `extract`.
         solvers: names or objects; default: every solver available for the problem.
@@ -435,29 +455,35 @@ def compare(graph: ModelGraph, solvers: Sequence[str | Solver] | None = None, **
         problem_type = SoftDomination if request.get("objective") == "soft" else BudgetedDomination
     engines = [get_solver(solver, problem_type) for solver in (solvers or available_solvers(problem_type))]
     solve(graph, solver="greedy", **request)  # a wrong request fails here, once, before the table
-    rows = []
+    plans: dict[str, Plan | str] = {}
     for engine in engines:
         try:
-            plan = solve(graph, solver=engine, **request)
+            plans[engine.name] = solve(graph, solver=engine, **request)
         except ValueError as error:
-            rows.append({"solver": engine.name, "error": f"refused: {error}"})
-            continue
-        rows.append(_comparison_row(engine.name, plan.solutions.values()))
-    return Comparison(tuple(rows))
+            plans[engine.name] = f"refused: {error}"
+    solved = [plan for plan in plans.values() if isinstance(plan, Plan)]
+    bounds = {
+        site: best_bound(solution.sense, [plan.solutions[site].bound for plan in solved])
+        for site, solution in (solved[0].solutions.items() if solved else ())
+    }
+    return Comparison(tuple(_comparison_row(name, plan, bounds) for name, plan in plans.items()))
 
 
-def _comparison_row(name: str, solutions: Iterable[Solution]) -> dict[str, Any]:
-    solutions = list(solutions)
-    bounds = [solution.bound for solution in solutions]
-    gaps = [solution.gap for solution in solutions]
+def _comparison_row(name: str, plan: Plan | str, bounds: Mapping[str, Bound | None]) -> dict[str, Any]:
+    if isinstance(plan, str):
+        return {"solver": name, "error": plan}
+    solutions = plan.solutions
+    known = [bound.value for bound in bounds.values() if bound is not None]
+    complete = len(known) == len(bounds)
+    gaps = [relative_gap(solutions[site].objective, b.value) for site, b in bounds.items() if b is not None]
     return {
         "solver": name,
-        "kept": sum(s.n_kept for s in solutions),
-        "units": sum(s.n_units for s in solutions),
-        "objective": sum(s.objective for s in solutions),
-        "bound": None if any(b is None for b in bounds) else sum(b.value for b in bounds if b is not None),
-        "gap": math.nan if any(math.isnan(g) for g in gaps) else max(gaps, default=0.0),
-        "seconds": sum(s.seconds for s in solutions),
-        "status": ", ".join(sorted({s.status.name for s in solutions})),
+        "kept": sum(s.n_kept for s in solutions.values()),
+        "units": sum(s.n_units for s in solutions.values()),
+        "objective": sum(s.objective for s in solutions.values()),
+        "bound": sum(known) if complete else None,
+        "gap": max(gaps, default=0.0) if complete else math.nan,
+        "seconds": plan.seconds,
+        "status": ", ".join(sorted({s.status.name for s in solutions.values()})),
         "error": "",
     }

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from topoprune.extract.grammath import unit_gram
+from topoprune.extraction.grammath import unit_gram
 from topoprune.graph import Site
 from topoprune.planning import Plan
 
@@ -59,7 +59,9 @@ def least_squares(
     if kept.numel():
         system = moment[kept][:, kept]
         if ridge:
-            system = system + ridge * system.diagonal().mean() * torch.eye(kept.numel(), dtype=system.dtype, device=system.device)
+            system = system + ridge * system.diagonal().mean() * torch.eye(
+                kept.numel(), dtype=system.dtype, device=system.device
+            )
         # Correction to the kept part, not the whole part: an ill-conditioned solve then errs around dropping.
         cross = weight[:, gone] @ moment[gone][:, kept]
         result[:, kept] = weight[:, kept] + _solve_psd(system, cross.t()).t()

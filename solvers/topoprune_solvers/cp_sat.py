@@ -11,7 +11,7 @@ import numpy as np
 
 from topoprune_solvers.covering import Cover, cover_of
 from topoprune_solvers.greedy import best_greedy_cover, prune_redundant
-from topoprune_solvers.lagrangian import cover_bound
+from topoprune_solvers.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.problems import DominatingSet
 from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
@@ -49,7 +49,7 @@ class CpSatDominatingSet:
         deadline = Deadline.after(time_limit)
         cover = cover_of(problem)
         keep = best_greedy_cover(cover, check_start(problem, warm_start))
-        bound = cover_bound(cover, problem.objective(keep))
+        bound = cover_bound(cover, problem.objective(keep), effort=10 * EFFORT)
         if bound.value >= problem.objective(keep):
             return unit_solution(problem, keep, self.name, bound=bound)
         part = cover_rows(cover, ceiling=problem.objective(keep))

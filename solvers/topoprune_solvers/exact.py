@@ -14,7 +14,7 @@ from topoprune_solvers.branch_and_bound import SearchOutcome, branch_and_bound
 from topoprune_solvers.covering import Cover, cover_of
 from topoprune_solvers.cp_sat import cp_sat_cover
 from topoprune_solvers.greedy import best_greedy_cover, prune_redundant
-from topoprune_solvers.lagrangian import cover_bound
+from topoprune_solvers.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.problems import DominatingSet
 from topoprune_solvers.reductions import Component, bits, reduce_cover
 from topoprune_solvers.registry import Capabilities, register
@@ -58,7 +58,7 @@ class ExactDominatingSet:
         if not outcome.complete:
             other = best_greedy_cover(cover, start)
             keep = other if problem.objective(other) < problem.objective(keep) else keep
-            bound = best_bound("min", [bound, cover_bound(cover, problem.objective(keep))])
+            bound = best_bound("min", [bound, cover_bound(cover, problem.objective(keep), effort=10 * EFFORT)])
         timed_out = not outcome.complete and deadline.passed()
         return unit_solution(problem, keep, self.name, bound=bound, timed_out=timed_out, stats=outcome.stats)
 
@@ -81,9 +81,7 @@ class CoverOutcome:
     stats: dict[str, int]
 
 
-def minimum_cover(
-    cover: Cover, *, cutoff: float = math.inf, deadline: Deadline = NEVER, seed: int = 0
-) -> CoverOutcome:
+def minimum_cover(cover: Cover, *, cutoff: float = math.inf, deadline: Deadline = NEVER, seed: int = 0) -> CoverOutcome:
     """Find a cheapest cover, or with a `cutoff` any cover within it or the proof that there is none.
 
     Args:

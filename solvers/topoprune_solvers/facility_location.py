@@ -145,9 +145,7 @@ def _lazy_greedy(problem: SoftDomination, similarity: Similarity, start: np.ndar
     return keep, bound * (1 + _ROUNDING)
 
 
-def _path_bound(
-    problem: SoftDomination, best: np.ndarray, gains: np.ndarray, keep: np.ndarray, picks: int
-) -> float:
+def _path_bound(problem: SoftDomination, best: np.ndarray, gains: np.ndarray, keep: np.ndarray, picks: int) -> float:
     """Return f(S) + the largest `picks` gains: f(S u T) <= f(S) + sum of gains of T, for every T."""
     assert problem.importance is not None and problem.forbidden is not None
     open_gains = np.sort(gains[~keep & ~problem.forbidden])[::-1]

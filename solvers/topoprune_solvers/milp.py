@@ -11,7 +11,7 @@ import numpy as np
 from topoprune_solvers.covering import cover_of, is_integral
 from topoprune_solvers.cp_sat import cover_rows
 from topoprune_solvers.greedy import best_greedy_cover, prune_redundant
-from topoprune_solvers.lagrangian import cover_bound
+from topoprune_solvers.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.problems import DominatingSet
 from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import Deadline, check_start, unit_solution
@@ -52,7 +52,7 @@ class MilpDominatingSet:
         cover = cover_of(problem)
         keep = best_greedy_cover(cover, check_start(problem, warm_start))
         objective = problem.objective(keep)
-        bound = cover_bound(cover, objective)
+        bound = cover_bound(cover, objective, effort=10 * EFFORT)
         if bound.value >= objective or deadline.passed():
             return unit_solution(problem, keep, self.name, bound=bound, timed_out=deadline.passed())
         part = cover_rows(cover, ceiling=objective)

@@ -132,8 +132,10 @@ def get_solver(name: str | Solver, problem_type: type) -> Solver:
         )
     missing = _missing(table[name])
     if missing:
-        raise ValueError(f"solver {name!r} needs the package {', '.join(missing)}; install it with pip, or use "
-                         f"one of: {', '.join(available_solvers(problem_type))}")
+        raise ValueError(
+            f"solver {name!r} needs the package {', '.join(missing)}; install it with pip, or use "
+            f"one of: {', '.join(available_solvers(problem_type))}"
+        )
     return table[name]
 
 

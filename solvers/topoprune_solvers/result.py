@@ -107,14 +107,15 @@ def unit_solution(
     dominator, distance = dominators(problem, keep)
     status = Status.TIME_LIMIT if timed_out else Status.FEASIBLE
     if bound is not None:
-        # A bound past a known objective is rounding: the optimum cannot be beyond it.
-        clip = min if problem.sense == "min" else max
-        bound = replace(bound, value=clip(float(bound.value), objective))
-        distance_to_bound = 0.0 if bound.value == objective else abs(objective - bound.value)
-        if bound.value == objective or (math.isfinite(objective) and distance_to_bound <= tolerance * abs(objective)):
+        value = float(bound.value)
+        apart = 0.0 if value == objective else abs(objective - value)
+        beyond = value > objective if problem.sense == "min" else value < objective
+        # A bound past the objective by rounding is cut back to it; by more it is wrong, and `verify` must see it.
+        if apart <= (tolerance if beyond else 1e-9) * abs(objective) and math.isfinite(objective):
+            value, apart = objective, 0.0
+        bound = replace(bound, value=value)
+        if value == objective or (math.isfinite(objective) and apart <= tolerance * abs(objective)):
             status = Status.OPTIMAL
-            if distance_to_bound <= 1e-9 * abs(objective):
-                bound = replace(bound, value=objective)
     return Solution(
         keep=keep,
         objective=objective,

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+
 from topoprune_solvers import (
-    BudgetedDomination,
     DominatingSet,
     Infeasible,
-    SoftDomination,
     adjacency_from_dense,
     adjacency_from_edges,
 )

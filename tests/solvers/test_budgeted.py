@@ -10,6 +10,7 @@ import pytest
 from graph_strategies import random_graph, relabel, unit_problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from topoprune_solvers import (
     BudgetedDomination,
     Infeasible,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graph_strategies import named_graph, random_graph
+
 from topoprune_solvers import (
     Bound,
     BudgetedDomination,
@@ -119,7 +120,11 @@ def test_errors_name_what_was_found_and_what_is_known() -> None:
 @pytest.mark.parametrize("kind", UNIT_TYPES)
 def test_the_registry_lists_every_solver_with_its_data(kind: type) -> None:
     wanted = {"greedy", "exact", "brute", "random", "magnitude"}
-    wanted |= {DominatingSet: {"neuroprune", "cp-sat", "milp"}, BudgetedDomination: {"cp-sat"}, SoftDomination: {"milp"}}[kind]
+    wanted |= {
+        DominatingSet: {"neuroprune", "cp-sat", "milp"},
+        BudgetedDomination: {"cp-sat"},
+        SoftDomination: {"milp"},
+    }[kind]
     assert wanted <= set(solver_names(kind))
     assert set(available_solvers(kind)) <= set(solver_names(kind))
     for name in solver_names(kind):

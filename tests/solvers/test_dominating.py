@@ -9,6 +9,7 @@ import pytest
 from graph_strategies import NAMED, graphs, named_graph, random_graph, relabel, unit_problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from topoprune_solvers import DominatingSet, Infeasible, Status, available_solvers, get_solver, solve
 from topoprune_solvers.covering import Cover, cover_of
 from topoprune_solvers.dual_ascent import dual_ascent_bound

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from topoprune_solvers import EdgeSelection, SoftDomination, Solution, Status
-from topoprune_solvers import solve as solve_problem
 
 from topoprune.architectures import counted_matrices
-from topoprune.extract import GramCollector, consumer_blocks, named_tensors, site_graph, unit_energy
+from topoprune.extraction import GramCollector, consumer_blocks, named_tensors, site_graph, unit_energy
 from topoprune.graph import Graph, Site
 from topoprune.planning import Plan
 from topoprune.repair import consumer_matrix, least_squares
@@ -22,6 +20,8 @@ from topoprune.sparsity import row_view
 from topoprune.train.decision import Decision, expand
 from topoprune.train.recipe import BudgetRecipe
 from topoprune.train.schedule import cubic_ramp, share_out, solve_steps, spread
+from topoprune_solvers import EdgeSelection, SoftDomination, Solution, Status
+from topoprune_solvers import solve as solve_problem
 
 __all__ = ["BudgetDriver"]
 
@@ -33,8 +33,15 @@ class BudgetDriver:
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], recipe: BudgetRecipe, total_steps: int, steps_per_epoch: int
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        recipe: BudgetRecipe,
+        total_steps: int,
+        steps_per_epoch: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._clock = clock
         self.model, self.sites, self.recipe = model, tuple(sites), recipe
         self.steps = solve_steps(total_steps, recipe.ramp, recipe.solves)
         self.heads = [site for site in sites if site.kind in ("head", "kv_group")]
@@ -45,12 +52,15 @@ class BudgetDriver:
             self._matrices = _edge_matrices(self.sites)
             sizes = [math.prod(shape) for shape in counted_matrices(self.sites).values()]
             assert recipe.sparsity is not None
-            self._edges = dict(zip(counted_matrices(self.sites), spread(round(recipe.sparsity * sum(sizes)), sizes), strict=True))
+            self._edges = dict(
+                zip(counted_matrices(self.sites), spread(round(recipe.sparsity * sum(sizes)), sizes), strict=True)
+            )
         else:
             self.removed = _targets(self.sites, recipe)
         self._collector: GramCollector | None = None
         self._tokens_per_step = 0.0
         self._window_start = 0
+        self._spent = self._reported = 0.0
 
     # -- collecting tokens from the training forwards -------------------------------------------
 
@@ -78,17 +88,31 @@ class BudgetDriver:
                 self._window_start = step
         elif not self._tokens_per_step and self._collector.done:
             self._tokens_per_step = self._tokens_needed / (step - self._window_start)
-            if following - step >= self._window(following):
+            if following - step > self._window(following):
                 self._close_collector()  # the pace is known now: collect again, later and fresher
 
     def _open(self) -> None:
         watched = self._watched()
         diagonal = {s.name for s in watched if s.kind == "neuron" and self.recipe.repair != "all"}
-        self._collector = GramCollector(self.model, watched, max_tokens=self._tokens_needed, diagonal=diagonal)
+        self._collector = GramCollector(
+            self.model,
+            watched,
+            max_tokens=self._tokens_needed,
+            diagonal=diagonal,
+            training_only=True,
+            clock=self._clock,
+        )
+
+    def collected_seconds(self) -> float:
+        """Return the seconds spent collecting tokens since the last call."""
+        running = self._spent + (self._collector.seconds if self._collector is not None else 0.0)
+        fresh, self._reported = running - self._reported, running
+        return fresh
 
     def _close_collector(self) -> None:
         if self._collector is not None:
             self._collector.close()
+            self._spent += self._collector.seconds
             self._collector = None
 
     def close(self) -> None:
@@ -110,9 +134,7 @@ class BudgetDriver:
     @torch.no_grad()
     def decide(self, step: int, plan: Plan, seed: int) -> Decision:
         """Solve every site for the share of its target that the ramp asks for at this step."""
-        done = 1.0 if step == self.steps[-1] else cubic_ramp(
-            (self.steps.index(step) + 1) / len(self.steps)
-        )
+        done = 1.0 if step == self.steps[-1] else cubic_ramp((self.steps.index(step) + 1) / len(self.steps))
         request = {**self.recipe.to_dict(), "step": step, "ramp_progress": done}
         if self.recipe.granularity == "edge":
             return self._decide_edges(done, plan, seed, request)
@@ -125,17 +147,17 @@ class BudgetDriver:
             count = site.n_units - (goal if done == 1.0 else math.floor(goal * done))
             if count >= live.size:
                 continue
-            started = time.perf_counter()
+            started = self._clock()
             graph, importance, moment = self._view(site, live)
-            extracted = time.perf_counter()
+            extracted = self._clock()
             solution = _choose(graph, importance, count, self.recipe.solver if site in self.heads else "greedy", seed)
             solutions[site.name] = expand(solution, live, site.n_units, plan.solutions.get(site.name))
-            solved = time.perf_counter()
+            solved = self._clock()
             if moment is not None and self.recipe.repair != "none":
                 changed |= self._repair(site, solutions[site.name].keep, moment)
             seconds["extract"] += extracted - started
             seconds["solve"] += solved - extracted
-            seconds["repair"] += time.perf_counter() - solved
+            seconds["repair"] += self._clock() - solved
         self._close_collector()
         return Decision(Plan(self.sites, solutions, request=request), changed, seconds=seconds)
 
@@ -186,7 +208,7 @@ class BudgetDriver:
         solutions, axes = dict(plan.solutions), {}
         seconds = {"extract": 0.0, "solve": 0.0, "repair": 0.0}
         for name, row_axis in self._matrices.items():
-            started = time.perf_counter()
+            started = self._clock()
             view = row_view(self.model.get_parameter(name).detach(), row_axis)
             score = view.abs().double().cpu().numpy()
             if not np.all(np.isfinite(score)):
@@ -194,7 +216,7 @@ class BudgetDriver:
             before = plan.solutions.get(name)
             goal = self._edges[name]
             count = score.size - (goal if done == 1.0 else math.floor(goal * done))
-            extracted = time.perf_counter()
+            extracted = self._clock()
             problem = EdgeSelection(
                 score,
                 k=min(count, score.size if before is None else before.n_kept),
@@ -205,7 +227,7 @@ class BudgetDriver:
             solutions[name] = solve_problem(problem, "greedy", seed=seed)
             axes[name] = (row_axis, (score.shape[0], score.shape[1]))
             seconds["extract"] += extracted - started
-            seconds["solve"] += time.perf_counter() - extracted
+            seconds["solve"] += self._clock() - extracted
         return Decision(Plan(self.sites, solutions, axes, request), seconds=seconds)
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,7 +278,7 @@ def _relative_degree(model: nn.Module, site: Site) -> np.ndarray:
     """Return (n,) the share of each unit's matrix entries at or above the median of their tensor."""
     linked, entries = torch.zeros(site.n_units), 0
     pieces = {(p.param, p.axis): p for p in site.slices if len(p.shape) == 2}
-    for (name, axis) in pieces:
+    for name, axis in pieces:
         tensor = row_view(model.get_parameter(name).detach(), axis).abs().float()
         linked += (tensor >= tensor.median()).sum(dim=1).cpu()
         entries += tensor.shape[1]
@@ -313,5 +335,3 @@ def _targets(sites: Sequence[Site], recipe: BudgetRecipe) -> dict[str, int]:
     if recipe.input_dims:
         removed |= {s.name: round(recipe.input_dims * s.n_units) for s in sites if s.kind == "input_dim"}
     return removed
-
-

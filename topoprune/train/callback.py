@@ -1,6 +1,6 @@
 """Prune inside `transformers.Trainer`: one callback, no subclassing.
 
-    Trainer(model, args, train_dataset=data, callbacks=[TopoPruneCallback(Recipe.budget(sparsity=0.5))])
+Trainer(model, args, train_dataset=data, callbacks=[TopoPruneCallback(Recipe.budget(sparsity=0.5))])
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from topoprune_solvers import Solution
 
 from topoprune.planning import Plan
+from topoprune_solvers import Solution
 
 __all__ = ["Decision", "expand", "heirs"]
 

@@ -116,9 +116,7 @@ def _row_l1(parts: Parts) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prox_group_sqrt(
-    parts: Parts, strength: float, *, max_iterations: int = 20, scratch: Scratch | None = None
-) -> None:
+def prox_group_sqrt(parts: Parts, strength: float, *, max_iterations: int = 20, scratch: Scratch | None = None) -> None:
     """Apply the exact prox of ``strength * sum_i sqrt(|row_i|_1)`` in place.
 
     A minimiser is 0 or a soft-thresholded row with the smallest root t of

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from topoprune_solvers import Bound, Solution, Status
 
 from topoprune.architectures import find_sites
-from topoprune.extract import check_finite, named_tensors
+from topoprune.extraction import check_finite, named_tensors
 from topoprune.graph import Site, structure_digest
 from topoprune.masks import MaskHandle, open_handle, unwrap
 from topoprune.planning import Plan
@@ -30,6 +29,7 @@ from topoprune.train.budget import BudgetDriver
 from topoprune.train.decision import Decision
 from topoprune.train.neuroprune import NeuroPruneDriver
 from topoprune.train.recipe import BudgetRecipe, NeuroPruneRecipe
+from topoprune_solvers import Bound, Solution, Status
 
 __all__ = ["Pruner", "SolveEvent"]
 
@@ -71,6 +71,7 @@ class Pruner:
         steps_per_epoch: optimizer steps of an epoch (neuroprune: heads are decided after each).
         seed: for solvers that draw random numbers.
         sites: prunable sites by hand; default: found by the model's family.
+        clock: what `seconds` is measured with; pass one that synchronises to time an accelerator.
 
     Raises:
         ValueError: a missing value the recipe needs, a budget the model cannot reach, a merge it
@@ -86,6 +87,7 @@ class Pruner:
         steps_per_epoch: int | None = None,
         seed: int = 0,
         sites: tuple[Site, ...] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = unwrap(model)
         self.recipe, self.seed = recipe, seed
@@ -96,13 +98,14 @@ class Pruner:
         self.sites = tuple(find_sites(self.model) if sites is None else sites)
         check_finite(named_tensors(self.model), self.sites)
         driver = NeuroPruneDriver if isinstance(recipe, NeuroPruneRecipe) else BudgetDriver
-        self._driver = driver(self.model, self.sites, recipe, self.total_steps, self.steps_per_epoch)  # type: ignore[arg-type]
+        self._driver = driver(self.model, self.sites, recipe, self.total_steps, self.steps_per_epoch, clock)  # type: ignore[arg-type]
         if open_handle(self.model) is not None:
             raise ValueError("this model is already pruned by an open MaskHandle or Pruner; close() it first")
         self.handle = MaskHandle(self.model, Plan(self.sites, {}), sites=self.sites, stash=False)
         self.step = 0
         self.history: list[SolveEvent] = []
-        self.seconds = {"hooks": 0.0, "extract": 0.0, "solve": 0.0, "repair": 0.0}
+        self.seconds = {"hooks": 0.0, "extract": 0.0, "solve": 0.0, "repair": 0.0, "apply": 0.0}
+        self._clock = clock
         self.on_solve: Callable[[SolveEvent], None] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._hooks: list[Any] = []
@@ -133,38 +136,40 @@ class Pruner:
         return self
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        started = time.perf_counter()
+        started = self._clock()
         self._driver.before_step(optimizer)  # penalties first: what they add to masked weights goes too
         self.handle.mask_gradients()
-        self.seconds["hooks"] += time.perf_counter() - started
+        self.seconds["hooks"] += self._clock() - started
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        started = time.perf_counter()
+        started = self._clock()
         rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         self._driver.after_step(rates)
         self.handle.enforce()
         self.step += 1
-        self.seconds["hooks"] += time.perf_counter() - started
+        self.seconds["hooks"] += self._clock() - started
         if self._driver.due(self.step):
             self._decide(optimizer)
+        self.seconds["extract"] += self._driver.collected_seconds()
         self._driver.watch(self.step)
 
     def _decide(self, optimizer: torch.optim.Optimizer) -> None:
+        started = self._clock()
         check_finite(named_tensors(self.model), self.sites)
         before = self.plan
         decision = self._driver.decide(self.step, before, self.seed)
-        started = time.perf_counter()
         with torch.no_grad():
             for name, tensor in decision.changed.items():
                 self.model.get_parameter(name).copy_(tensor)
         self.handle.refresh(decision.plan)
         self.handle.clear_optimizer_state(optimizer)
+        event = self._event(before, decision)
+        self.history.append(event)
         for part, value in decision.seconds.items():
             self.seconds[part] += value
-        self.seconds["hooks"] += time.perf_counter() - started
-        self.history.append(self._event(before, decision))
+        self.seconds["apply"] += self._clock() - started - sum(decision.seconds.values())
         if self.on_solve is not None:
-            self.on_solve(self.history[-1])
+            self.on_solve(event)
 
     def _event(self, before: Plan, decision: Decision) -> SolveEvent:
         plan = decision.plan
@@ -281,4 +286,3 @@ def _needed(name: str, value: int | None, needed: bool, recipe: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} is {value!r}; expected a number of optimizer steps >= 1")
     return int(value)
-

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from topoprune.extract.grammath import consumer_blocks, unit_energy
-from topoprune.extract.tensors import unit_rows
+from topoprune.extraction.grammath import consumer_blocks, unit_energy
+from topoprune.extraction.tensors import unit_rows
 from topoprune.graph import Site
 
 __all__ = ["IMPORTANCES", "gram_diagonal", "magnitude"]
@@ -30,7 +30,7 @@ def magnitude(tensors: Mapping[str, torch.Tensor], site: Site) -> torch.Tensor:
         result = torch.ones(site.n_units, dtype=torch.float64)
         for piece in site.slices:
             if len(piece.shape) == 2:
-                norm = torch.linalg.vector_norm(unit_rows(tensors, site, piece), dim=1, dtype=torch.float32)
+                norm = torch.linalg.vector_norm(unit_rows(tensors, site, piece).float(), dim=1)
                 result = result * norm.double().cpu()
         return result
     pieces = site.writes if site.writes else site.reads

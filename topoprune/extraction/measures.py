@@ -21,9 +21,9 @@ from importlib.metadata import entry_points
 
 import torch
 
-from topoprune.extract.grammath import consumer_blocks, gram_tile, unit_energy
-from topoprune.extract.tensors import unit_blocks, unit_rows
-from topoprune.extract.tiles import DistanceTile
+from topoprune.extraction.grammath import consumer_blocks, gram_tile, unit_energy
+from topoprune.extraction.tensors import unit_blocks, unit_rows
+from topoprune.extraction.tiles import DistanceTile
 from topoprune.graph import Site, TensorSlice
 
 __all__ = ["Measure", "get_measure", "measure_names", "register_measure"]

@@ -6,6 +6,7 @@ Shape legend: B batch, T tokens, f consumer inputs (units * unit width).
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class GramCollector:
         sites: sites with a consumer; others are ignored.
         max_tokens: stop a site after exactly that many tokens; None for all.
         diagonal: names of sites that only need E[o²], an (f,) vector.
+        training_only: pass over forwards in eval mode (an evaluation between training steps).
+        clock: what `seconds`, the time spent collecting, is measured with.
 
     Memory: f * f * 4 bytes per site, f * 4 for diagonal ones.
 
@@ -55,6 +58,8 @@ class GramCollector:
         *,
         max_tokens: int | None = None,
         diagonal: Collection[str] = frozenset(),
+        training_only: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, found {max_tokens}")
@@ -64,6 +69,9 @@ class GramCollector:
             raise ValueError(f"diagonal names unknown sites {unknown}; known: {', '.join(self.sites)}")
         self.max_tokens = max_tokens
         self.diagonal = frozenset(diagonal)
+        self.training_only = training_only
+        self.seconds = 0.0
+        self._clock = clock
         self.tokens: dict[str, int] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._rows: dict[str, tuple[torch.Tensor, int] | None] = {}
@@ -146,7 +154,9 @@ class GramCollector:
         self.close()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside = True
+        self._inside = module.training or not self.training_only
+        if not self._inside or self.done:
+            return
         given = self._signature.bind_partial(*args, **kwargs).arguments
         # Unnamed keywords of forward(**kwargs) arrive nested under the name of the parameter.
         given = {**given, **kwargs}
@@ -165,7 +175,9 @@ class GramCollector:
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
             if self._inside and not (self.max_tokens is not None and self.tokens[site.name] >= self.max_tokens):
+                started = self._clock()
                 self._add(site, args[0])
+                self.seconds += self._clock() - started
 
         return collect
 
@@ -183,7 +195,7 @@ class GramCollector:
             if total != len(x):
                 raise ValueError(f"the mask has {total} tokens, the input of {site.consumer!r} has {len(x)}")
             if len(rows) < total:
-                x = x.index_select(0, rows)
+                x = x.index_select(0, rows.to(x.device))
         if self.max_tokens is not None:
             x = x[: self.max_tokens - self.tokens[site.name]]
         self.tokens[site.name] += len(x)
@@ -314,12 +326,10 @@ def _on_device(batch: Any, device: torch.device, index: int) -> dict[str, torch.
 def _batches(calibration: Any) -> Iterable[Mapping[str, torch.Tensor]]:
     if isinstance(calibration, Mapping):
         return [calibration]
-    try:
-        iterator = iter(calibration)
-    except TypeError:
-        raise ValueError(f"calibration is a {type(calibration).__name__}, expected an iterable of batches") from None
-    # A one-shot iterator would be empty in the second pass.
-    batches = list(iterator) if iterator is calibration else calibration
+    if not hasattr(calibration, "__iter__") and not hasattr(calibration, "__getitem__"):
+        raise ValueError(f"calibration is a {type(calibration).__name__}, expected an iterable of batches")
+    # A one-shot iterator would be empty in the second pass. No iter() here: a DataLoader starts its workers on it.
+    batches = list(calibration) if isinstance(calibration, Iterator) else calibration
     if isinstance(batches, Sequence) and not len(batches):
         raise ValueError("calibration set is empty; pass at least one batch, e.g. calibration=[tokenizer(texts, ...)]")
     return batches

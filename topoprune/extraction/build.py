@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from topoprune.architectures import check_sites, find_sites, model_config
-from topoprune.extract.gram import collect_gram
-from topoprune.extract.importance import IMPORTANCES, gram_diagonal, magnitude
-from topoprune.extract.measures import Measure, get_measure
-from topoprune.extract.tensors import check_finite, named_tensors, weights_digest
-from topoprune.extract.tiles import complete_graph, nearest_graph, threshold_graph
+from topoprune.extraction.gram import collect_gram
+from topoprune.extraction.importance import IMPORTANCES, gram_diagonal, magnitude
+from topoprune.extraction.measures import Measure, get_measure
+from topoprune.extraction.tensors import check_finite, named_tensors, weights_digest
+from topoprune.extraction.tiles import complete_graph, nearest_graph, threshold_graph
 from topoprune.graph import BipartiteGraph, Graph, ModelGraph, Site, TensorSlice
 
 __all__ = ["connectivity", "extract", "site_graph"]
@@ -79,6 +79,8 @@ def extract(
     found = tuple(sites) if sites is not None else find_sites(model, tuple(_KINDS))
     check_sites(model, found)
     kept = tuple(site for site in found if site.kind in kinds)
+    # Weight edges lie in every matrix: a plan on them must know all sites to recognise its model.
+    known = found if "edges" in include else kept
     measures = {site.name: get_measure(names[label]) for site in kept if (label := _label(site)) in names}
     gram_sites, diagonal = _calibrated(kept, measures, importance)
     if gram_sites and calibration is None:
@@ -91,7 +93,7 @@ def extract(
 
     with torch.no_grad():
         tensors = named_tensors(model)
-        check_finite(tensors, found if "edges" in include else kept)
+        check_finite(tensors, known)
         redundancy: dict[str, Graph] = {}
         worth: dict[str, np.ndarray] = {}
 
@@ -125,14 +127,14 @@ def extract(
                 finish(site, None)
         wires = connectivity(tensors, found) if "edges" in include else {}
     return ModelGraph(
-        sites=kept,
+        sites=known,
         redundancy={site.name: redundancy[site.name] for site in kept if site.name in redundancy},
         connectivity=wires,
         importance={site.name: worth[site.name] for site in kept},
         cost={site.name: np.full(site.n_units, float(site.parameters_per_unit)) for site in kept},
         measures={name: own.name for name, own in measures.items()},
         model_type=getattr(model_config(model), "model_type", None) or "custom",
-        weights_digest=weights_digest(tensors, kept) if digest_weights else "",
+        weights_digest=weights_digest(tensors, known) if digest_weights else "",
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from topoprune.extract.tensors import unit_blocks
+from topoprune.extraction.tensors import unit_blocks
 from topoprune.graph import Site
 
 __all__ = ["consumer_blocks", "gram_tile", "unit_energy", "unit_gram"]

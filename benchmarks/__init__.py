@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks NAME [--quick] [--device cuda] --json FILE``; ``--list`` names all."""

@@ -1,0 +1,172 @@
+"""What pruning adds to a training step.
+
+Ratio = 1 + (seconds in hooks, collection, extraction, solving, repair) / (seconds of plain forward,
+backward and AdamW step). The plain steps run on an untouched copy of the model, interleaved with
+the pruned ones; a wall-clock ratio of the pairs stands beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Figure, Options, Outcome, percentile_interval
+from topoprune import Pruner, Recipe
+
+HOOKS, FROZEN, AMORTISED = 1.03, 1.02, 1.05
+DECISIONS = 6
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One shape: configuration of a BERT, batch, length, steps."""
+
+    key: str
+    config: dict[str, int]
+    batch: int
+    length: int
+    steps: int
+
+
+MINILM = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+
+
+def specs(options: Options) -> list[Spec]:
+    """Return the shapes to run."""
+    if options.quick:
+        return [Spec("minilm", MINILM, 32, 64, 12)]
+    if options.device.startswith("cuda"):
+        return [Spec("bert_base", BASE, 32, 128, 300), Spec("minilm", MINILM, 32, 64, 300)]
+    return [Spec("minilm", MINILM, 32, 64, 120), Spec("bert_base", BASE, 8, 128, 120)]
+
+
+def run(options: Options) -> Outcome:
+    """Train each shape with each recipe beside a plain copy."""
+    figures: dict[str, Figure] = {}
+    rows: list[dict[str, Any]] = []
+    notes = []
+    correct = True
+    for spec in specs(options):
+        for name in ("neuroprune", "budget"):
+            row, fine = _measure(spec, name, options)
+            correct &= fine
+            rows.append(row)
+            prefix = f"{spec.key}_{name}"
+            figures[f"{prefix}_hooks_ratio"] = Figure(row["hooks_ratio"], "ratio", HOOKS)
+            figures[f"{prefix}_amortised_ratio"] = Figure(row["amortised_ratio"], "ratio", AMORTISED)
+            if name == "budget":
+                figures[f"{prefix}_frozen_ratio"] = Figure(row["frozen_ratio"], "ratio", FROZEN)
+            figures[f"{prefix}_wall_ratio"] = Figure(row["wall_ratio"], "ratio")
+            figures[f"{prefix}_plain_step_s"] = Figure(row["plain_seconds"] / row["steps"], "s")
+            low, high = row["wall_interval"]
+            notes.append(
+                f"{prefix}: {row['steps']} steps, {row['decisions']} decisions; wall-clock ratio of pairs without a "
+                f"decision {row['wall_ratio']:.3f} (95 % interval {low:.3f}..{high:.3f}); {row['state']}"
+            )
+    if options.quick:
+        notes.append(
+            "--quick: few steps carry as many decisions as a long run, so the amortised ratios are far too high"
+        )
+    return Outcome(correct, figures, rows, notes)
+
+
+def _clock(device: str) -> Callable[[], float]:
+    if not device.startswith("cuda"):
+        return time.perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronised
+
+
+def _measure(spec: Spec, recipe_name: str, options: Options) -> tuple[dict[str, Any], bool]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(options.seed)
+    plain = BertForSequenceClassification(BertConfig(**spec.config, vocab_size=30522)).to(options.device).train()
+    pruned = copy.deepcopy(plain)
+    clock = _clock(options.device)
+    per_epoch = max(1, spec.steps // DECISIONS)
+    recipe: Any
+    if recipe_name == "neuroprune":
+        # Strengths at which about a tenth of the weights go to zero in this run; heads by quantile.
+        recipe = Recipe.neuroprune(alpha=5.0, beta=5.0, theta="auto:0.05")
+    else:
+        recipe = Recipe.budget(sparsity=0.5, solves=DECISIONS)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=2e-5) for model in (plain, pruned)]
+    pruner = Pruner(pruned, recipe, total_steps=spec.steps, steps_per_epoch=per_epoch, clock=clock).attach(
+        optimizers[1]
+    )
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
+        started = clock()
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        return clock() - started
+
+    plain_seconds, pruned_seconds, hooks, decided = [], [], [], []
+    step(plain, optimizers[0], _batch(spec, generator, options.device))  # warm-up: allocator, thread pool
+    for _ in range(spec.steps):
+        batch = _batch(spec, generator, options.device)
+        before, events = dict(pruner.seconds), len(pruner.history)
+        plain_seconds.append(step(plain, optimizers[0], batch))
+        pruned_seconds.append(step(pruned, optimizers[1], batch))
+        hooks.append({part: pruner.seconds[part] - before[part] for part in before})
+        decided.append(len(pruner.history) > events)
+    figures = pruner.sparsity()
+    correct = _gate(pruner, recipe_name, spec)
+    base = np.array(plain_seconds)
+    ratios = [q / p for p, q, d in zip(plain_seconds, pruned_seconds, decided, strict=True) if not d]
+    last = max(i for i, d in enumerate(decided) if d)
+    frozen = hooks[last + 1 :]
+    total = {part: sum(h[part] for h in hooks) for part in hooks[0]}
+    row = {
+        "shape": spec.key,
+        "recipe": recipe_name,
+        "batch": spec.batch,
+        "length": spec.length,
+        "steps": spec.steps,
+        "decisions": len(pruner.history),
+        "plain_seconds": float(base.sum()),
+        "seconds": total,
+        "hooks_ratio": 1 + total["hooks"] / base.sum(),
+        "frozen_ratio": 1 + sum(h["hooks"] for h in frozen) / base[last + 1 :].sum() if frozen else math.nan,
+        "amortised_ratio": 1 + sum(total.values()) / base.sum(),
+        "wall_ratio": float(np.median(ratios)),
+        "wall_interval": percentile_interval(ratios, seed=options.seed),
+        "wall_total_ratio": sum(pruned_seconds) / base.sum(),
+        "state": str(figures),
+    }
+    pruner.close()
+    return row, correct
+
+
+def _batch(spec: Spec, generator: torch.Generator, device: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, 30000, (spec.batch, spec.length), generator=generator)
+    labels = torch.randint(0, 2, (spec.batch,), generator=generator)
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device), "labels": labels.to(device)}
+
+
+def _gate(pruner: Pruner, recipe_name: str, spec: Spec) -> bool:
+    """Masked weights are exactly zero; five decisions or more; the budget is met within one unit."""
+    masked = pruner.handle.masks()
+    params = dict(pruner.model.named_parameters())
+    zero = all(bool((params[name][~keep] == 0).all()) for name, keep in masked.items())
+    figures = pruner.sparsity()
+    enough = len(pruner.history) >= 5
+    if recipe_name == "neuroprune":
+        return zero and enough and figures.zeros > 0
+    unit = max(site.matrix_parameters_per_unit for site in pruner.sites if site.kind == "neuron")
+    return zero and enough and abs(figures.removable - 0.5) * figures.parameters <= unit
