@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.harness import Options, Outcome, table, write_json
+from benchmarks.report import markdown
 
 # Name -> one line; each is a module of this package with `run(options) -> Outcome`.
 BENCHMARKS = {
@@ -24,6 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", nargs="?", choices=list(BENCHMARKS), metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the names of all benchmarks")
+    parser.add_argument("--report", action="store_true", help="print the saved results as a Markdown table")
     parser.add_argument("--quick", action="store_true", help="a smaller run, within a minute")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0)
@@ -31,6 +33,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(BENCHMARKS))
+        return 0
+    if arguments.report:
+        print(markdown())
         return 0
     if arguments.name is None:
         parser.error(f"name a benchmark: {', '.join(BENCHMARKS)}")

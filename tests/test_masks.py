@@ -327,7 +327,7 @@ def test_real_gradients_train_the_survivors_only() -> None:
             loss = model(**batch).loss
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
         assert losses[-1] < losses[0]
         for name, keep in handle.masks().items():
             assert (model.get_parameter(name)[~keep] == 0.0).all()
@@ -616,6 +616,16 @@ def test_bad_calibration_is_refused(merge: Any, calibration: Any, message: str) 
     model = build("bert").train()
     with untouched(model), pytest.raises(ValueError, match=message):
         apply(model, random_plan(model), merge=merge, calibration=calibration)
+
+
+@pytest.mark.parametrize("merge", ["scale", "least-squares"])
+def test_activations_that_are_not_finite_are_named(merge: Any) -> None:
+    model = build("bert")
+    plan = random_plan(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5:] = torch.inf  # no tensor of the plan
+    with untouched(model), pytest.raises(ValueError, match=r"activations at 'bert\.encoder\.layer\.0.*not finite"):
+        apply(model, plan, merge=merge, calibration=[inputs(model)])
 
 
 def test_an_unknown_merge_lists_the_known_ones() -> None:

@@ -20,6 +20,7 @@ from topoprune.files import atomic_path
 __all__ = ["HeadLayer", "RunPicture", "draw_runs"]
 
 _KEPT, _PRUNED, _EDGE, _TEXT = "#0072B2", "#D55E00", "#c4c4c4", "#222222"
+_HEAD = 0.75  # inches above the drawings of a band: its title and its note
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def draw_runs(runs: Sequence[RunPicture], path: str | os.PathLike[str], *, title
     heights = []
     for run in runs:
         rows = math.ceil(max(len(run.layers), 1) / _columns(len(run.layers)))
-        heights.append(0.95 + max(2.15 * rows, 0.9 + 0.34 * len(run.shares)))
+        heights.append(_HEAD + max(2.2 * rows, 1.1 + 0.4 * len(run.shares)))
     figure = Figure(figsize=(15.0, sum(heights) + 1.0), dpi=dpi, facecolor="white")  # not pyplot: no global state
     FigureCanvasAgg(figure)
     total = figure.get_figheight()
@@ -102,22 +103,22 @@ def _band(figure: Any, run: RunPicture, top: float, height: float, total: float)
     figure.text(0.02, top - 0.22 * inch, run.title, size=12.5, weight="bold", color=_TEXT, va="center")
     if run.note:
         figure.text(0.02, top - 0.48 * inch, run.note, size=10, color="#555555", va="center")
-    bottom, body = top - height, height - 0.95 * inch
-    map_height = min(body - 0.75 * inch, 0.42 * inch * max(len(run.shares), 2))
-    axes = figure.add_axes((0.065, bottom + (body - 0.45 * inch - map_height) / 2 + 0.1 * inch, 0.35, map_height))
+    bottom, body = top - height, height - _HEAD * inch
+    map_height = min(body - 0.9 * inch, 0.55 * inch * max(len(run.shares), 2))
+    axes = figure.add_axes((0.065, bottom + (body - 0.6 * inch - map_height) / 2, 0.36, map_height))
     _sparsity_map(axes, run.shares)
     if not run.layers:
         return
     columns = _columns(len(run.layers))
     rows = math.ceil(len(run.layers) / columns)
-    left, width = 0.45, 0.54
+    left, width = 0.46, 0.53
     for i, layer in enumerate(run.layers):
         row, column = divmod(i, columns)
         cell = (
             left + column * width / columns,
-            bottom + body * (1 - (row + 1) / rows) + 0.05 * inch,
+            bottom + body * (1 - (row + 1) / rows),
             width / columns,
-            body / rows - 0.1 * inch,
+            body / rows,
         )
         _head_graph(figure.add_axes(cell), layer)
 
@@ -188,8 +189,8 @@ def _head_graph(axes: Any, layer: HeadLayer) -> None:
             color="white" if layer.keep[i] else _PRUNED, weight="bold",
         )  # fmt: skip
     axes.text(0, 1.36, f"{layer.name}: {int(np.sum(layer.keep))} of {n} stay", ha="center", va="center", size=10.5, color=_TEXT)
-    axes.set_xlim(-1.5, 1.5)
-    axes.set_ylim(-1.25, 1.5)
+    axes.set_xlim(-1.4, 1.4)
+    axes.set_ylim(-1.22, 1.52)
     axes.set_aspect("equal")
     axes.axis("off")
 

@@ -70,6 +70,7 @@ def train_classifier(
     output_dir: str | os.PathLike[str],
     training: Training | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Fine-tune a pretrained model on a classification task, pruning it on the way.
@@ -82,6 +83,7 @@ def train_classifier(
             pruned runs ``plan.npz``. Checkpoints of the run lie there until it is complete.
         training: settings.
         resume: continue from the newest checkpoint in `output_dir`; all settings must be as before.
+        overwrite: delete the checkpoints of an interrupted run there and start anew.
         console: where progress goes (a `rich` console); None is silent.
 
     Returns:
@@ -105,7 +107,7 @@ def train_classifier(
 
     training = training or Training()
     settings = _settings(str(model), data, recipe, training)
-    folder = RunFolder.open(output_dir, settings, resume=resume)
+    folder = RunFolder.open(output_dir, settings, resume=resume, overwrite=overwrite)
     set_seed(training.seed)  # the new head's weights
     network = load_classifier(model, data.labels)
     sites = find_sites(network)

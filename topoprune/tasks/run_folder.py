@@ -54,7 +54,9 @@ class RunFolder:
     seconds_before: float = 0.0
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], settings: Mapping[str, Any], *, resume: bool) -> RunFolder:
+    def open(
+        cls, path: str | os.PathLike[str], settings: Mapping[str, Any], *, resume: bool, overwrite: bool = False
+    ) -> RunFolder:
         """Check and prepare a folder.
 
         Raises:
@@ -62,7 +64,11 @@ class RunFolder:
             ValueError: nothing to resume, resumed settings differ, or a new run would mix with an
                 interrupted one.
         """
+        if resume and overwrite:
+            raise ValueError("resume and overwrite exclude each other")
         folder = writable_folder(path)
+        if overwrite:
+            cls(folder, settings).finish()
         checkpoints = sorted(
             (p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()),
             key=lambda p: int(p.name.rpartition("-")[2]),
@@ -71,9 +77,11 @@ class RunFolder:
         if not resume:
             if checkpoints:
                 raise ValueError(
-                    f"{folder} holds {checkpoints[-1].name} of an interrupted run; add --resume to go on, delete it, or "
-                    "choose another --output-dir"
+                    f"{folder} holds {checkpoints[-1].name} of an interrupted run; add --resume to go on, --overwrite to start "
+                    "anew, or choose another --output-dir"
                 )
+            for stale in ("result.json", "plan.npz"):  # of an earlier run: they would belie this one
+                (folder / stale).unlink(missing_ok=True)
             write_json(folder / _RUN_FILE, {"settings": settings, "seconds": 0.0})
             return cls(folder, settings)
         if not checkpoints:

@@ -177,7 +177,7 @@ def _finish(
     open_rows = torch.nonzero(~settled).flatten()
     if open_rows.numel():
         joined = torch.cat([m[open_rows] for m in magnitude], dim=1)
-        limit[open_rows] = _threshold_by_sorting(joined, strength)
+        limit[open_rows] = _threshold_by_sorting(joined, strength).to(limit.dtype)
     # f(x) - f(0) = strength sqrt(s) - sum over the active of (a^2 - t^2) / 2. By Cauchy-Schwarz it
     # is negative once s^1.5 >= strength * E, so only the other rows need the exact comparison.
     entries = sum(part.shape[1] for part in magnitude)
