@@ -35,7 +35,7 @@ class GramCollector:
         sites: sites with a consumer; others are ignored.
         max_tokens: stop a site after exactly that many tokens; None for all.
         diagonal: names of sites that only need E[o²], an (f,) vector.
-        training_only: pass over forwards in eval mode (an evaluation between training steps).
+        grad_only: pass over forwards without gradients (an evaluation between training steps).
         clock: what `seconds`, the time spent collecting, is measured with.
 
     Memory: f * f * 4 bytes per site, f * 4 for diagonal ones.
@@ -58,7 +58,7 @@ class GramCollector:
         *,
         max_tokens: int | None = None,
         diagonal: Collection[str] = frozenset(),
-        training_only: bool = False,
+        grad_only: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
@@ -69,7 +69,7 @@ class GramCollector:
             raise ValueError(f"diagonal names unknown sites {unknown}; known: {', '.join(self.sites)}")
         self.max_tokens = max_tokens
         self.diagonal = frozenset(diagonal)
-        self.training_only = training_only
+        self.grad_only = grad_only
         self.seconds = 0.0
         self._clock = clock
         self.tokens: dict[str, int] = {}
@@ -154,7 +154,7 @@ class GramCollector:
         self.close()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside = module.training or not self.training_only
+        self._inside = torch.is_grad_enabled() or not self.grad_only
         if not self._inside or self.done:
             return
         given = self._signature.bind_partial(*args, **kwargs).arguments

@@ -99,7 +99,7 @@ class BudgetDriver:
             watched,
             max_tokens=self._tokens_needed,
             diagonal=diagonal,
-            training_only=True,
+            grad_only=True,
             clock=self._clock,
         )
 
@@ -168,7 +168,10 @@ class BudgetDriver:
             return _no_edges(live.size), self._attach(site, score, live), None
         assert self._collector is not None
         if not self._collector.tokens[site.name]:
-            raise RuntimeError(f"no training tokens reached {site.consumer!r} before the decision on {site.name!r}")
+            raise RuntimeError(
+                f"no training tokens reached {site.consumer!r} before the decision on {site.name!r}; the forwards "
+                "of training must run with gradients, on the model the Pruner was made for"
+            )
         tensors = named_tensors(self.model)
         moment = self._collector.moment(site.name)
         energy = unit_energy(consumer_blocks(tensors, site), moment).double().cpu().numpy()

@@ -1,0 +1,5 @@
+"""The command ``topoprune``: demo, train, extract, solve, compare, doctor."""
+
+from topoprune.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,49 @@
+"""The command-line application: its commands and its entry point. Each command imports what it needs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import topoprune
+from topoprune.cli.doctor import doctor
+from topoprune.cli.graphs import compare, extract, solve
+from topoprune.cli.output import set_debug
+from topoprune.cli.training import demo, train
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="topoprune",
+    help="Prune transformers through an explicit graph: extract, solve with a certificate, train, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"topoprune {topoprune.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Set what holds for every command."""
+    set_debug(debug)
+
+
+for command in (demo, train, extract, solve, compare, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; exit code 0 fine, 1 the demo failed, 2 wrong input, 130 Ctrl-C."""
+    app()
