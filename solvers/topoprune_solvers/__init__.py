@@ -6,14 +6,12 @@
 [True, False, False, False]
 """
 
+from topoprune_solvers.base import Capabilities, Solver, register
 from topoprune_solvers.csr import adjacency_from_dense, adjacency_from_edges, check_adjacency
 from topoprune_solvers.problems import BudgetedDomination, DominatingSet, EdgeSelection, Problem, SoftDomination
 from topoprune_solvers.registry import (
-    Capabilities,
-    Solver,
     available_solvers,
     get_solver,
-    register,
     solve,
     solve_many,
     solver_names,

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.covering import cover_of
 from topoprune_solvers.problems import BudgetedDomination, DominatingSet, SoftDomination
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import unit_solution
 from topoprune_solvers.solution import Solution
 

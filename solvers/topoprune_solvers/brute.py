@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.problems import BudgetedDomination, DominatingSet, SoftDomination
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import unit_solution
 from topoprune_solvers.solution import Bound, Solution
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.covering import Cover, cover_of
 from topoprune_solvers.greedy import best_greedy_cover, prune_redundant
 from topoprune_solvers.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.problems import DominatingSet
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
 from topoprune_solvers.scaling import integer_costs
 from topoprune_solvers.solution import Bound, Solution, best_bound

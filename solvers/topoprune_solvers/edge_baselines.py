@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edge_common import bounded_sides, candidate_value, edge_solution, top_edges
 from topoprune_solvers.problems import EdgeSelection
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["EdgeBaseline"]

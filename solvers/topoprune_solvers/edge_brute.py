@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edge_common import degrees_allowed, edge_solution
 from topoprune_solvers.problems import EdgeSelection
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.solution import Bound, Infeasible, Solution
 
 __all__ = ["BruteEdges"]

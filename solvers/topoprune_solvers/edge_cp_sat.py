@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edge_common import (
     bounded_sides,
     candidate_value,
@@ -19,7 +20,6 @@ from topoprune_solvers.edge_common import (
 from topoprune_solvers.edge_greedy import GreedyEdges
 from topoprune_solvers.edge_min_cost_flow import MinCostFlowEdges
 from topoprune_solvers.problems import EdgeSelection
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["CpSatEdges"]

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edge_common import bounded_sides, edge_solution, edge_start, only_selection, select_edges
 from topoprune_solvers.edge_lagrangian import budget_price, repair_degrees, row_values
 from topoprune_solvers.problems import EdgeSelection
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["GreedyEdges"]

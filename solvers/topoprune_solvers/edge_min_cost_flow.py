@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edge_common import column_limits, edge_solution, only_selection, row_limits
 from topoprune_solvers.problems import EdgeSelection
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.solution import Bound, Infeasible, Solution
 
 __all__ = ["MinCostFlowEdges"]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.branch_and_bound import SearchOutcome, branch_and_bound
 from topoprune_solvers.covering import Cover, cover_of
 from topoprune_solvers.cp_sat import cp_sat_cover
@@ -17,7 +18,6 @@ from topoprune_solvers.greedy import best_greedy_cover, prune_redundant
 from topoprune_solvers.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.problems import DominatingSet
 from topoprune_solvers.reductions import Component, bits, reduce_cover
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution, best_bound
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.covering import closed_rows
 from topoprune_solvers.problems import SoftDomination
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.facility_location import Similarity, greedy_with_bound
 from topoprune_solvers.milp import HIGHS_TOLERANCE
 from topoprune_solvers.problems import SoftDomination
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution, best_bound
 

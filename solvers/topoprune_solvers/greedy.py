@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.covering import Cover, cover_of
 from topoprune_solvers.lagrangian import cover_bound
 from topoprune_solvers.problems import DominatingSet
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import check_start, unit_solution
 from topoprune_solvers.solution import Solution
 

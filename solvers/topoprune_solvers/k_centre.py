@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.covering import Cover, closed_rows
 from topoprune_solvers.greedy import best_greedy_cover, greedy_cover
 from topoprune_solvers.lagrangian import cover_bound
 from topoprune_solvers.problems import BudgetedDomination
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import Deadline, check_start, fill_up, unit_solution
 from topoprune_solvers.solution import Bound, Solution
 

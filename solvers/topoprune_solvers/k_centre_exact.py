@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.covering import Cover
 from topoprune_solvers.cp_sat import cover_rows, cp_sat_cover
 from topoprune_solvers.exact import minimum_cover
 from topoprune_solvers.greedy import best_greedy_cover
 from topoprune_solvers.k_centre import Oracle, ThresholdSearch
 from topoprune_solvers.problems import BudgetedDomination
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import Deadline, check_start
 from topoprune_solvers.solution import Solution
 

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.covering import cover_of, is_integral
 from topoprune_solvers.cp_sat import cover_rows
 from topoprune_solvers.greedy import best_greedy_cover, prune_redundant
 from topoprune_solvers.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.problems import DominatingSet
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution, best_bound
 

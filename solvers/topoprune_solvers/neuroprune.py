@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.covering import cover_of
 from topoprune_solvers.greedy import greedy_cover
 from topoprune_solvers.problems import DominatingSet
-from topoprune_solvers.registry import Capabilities, register
 from topoprune_solvers.result import unit_solution
 from topoprune_solvers.solution import Solution
 

@@ -4,87 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from topoprune_solvers.base import SOLVERS, Solver, register
 from topoprune_solvers.solution import Solution
 
 __all__ = [
-    "Capabilities",
-    "Solver",
     "available_solvers",
     "get_solver",
-    "register",
     "solve",
     "solve_many",
     "solver_names",
 ]
 
 ENTRY_POINT_GROUP = "topoprune.solvers"
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a solver can do, as data.
-
-    Args:
-        problem: the problem type it takes.
-        exact: True if it proves optimality given time.
-        guarantee: one sentence on solution quality.
-        complexity: time complexity, n = units, m = edges.
-        requires: importable modules it needs.
-        max_units: largest instance it accepts, or None.
-        reference: where the algorithm comes from.
-    """
-
-    problem: type
-    exact: bool
-    guarantee: str
-    complexity: str
-    requires: tuple[str, ...] = ()
-    max_units: int | None = None
-    reference: str = ""
-
-
-@runtime_checkable
-class Solver(Protocol):
-    """A named algorithm for one problem type; configuration lives in frozen fields."""
-
-    # Properties, so that frozen dataclasses and class variables qualify.
-    @property
-    def name(self) -> str:
-        """Registry name."""
-        ...
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What the solver can do."""
-        ...
-
-    def solve(
-        self, problem: Any, *, warm_start: Any = None, time_limit: float | None = None, seed: int = 0
-    ) -> Solution:
-        """Return a valid solution.
-
-        Args:
-            problem: an instance of ``capabilities.problem``.
-            warm_start: (n,) bool keep mask to start from, or None.
-            time_limit: seconds, or None.
-            seed: for solvers that draw random numbers.
-        """
-        ...
-
-
-_SOLVERS: dict[type, dict[str, Solver]] = {}
-
-
-def register(solver: Solver) -> Solver:
-    """Add a solver instance under its problem type and name; a later one replaces an earlier one."""
-    _SOLVERS.setdefault(solver.capabilities.problem, {})[solver.name] = solver
-    return solver
 
 
 @cache
@@ -98,13 +35,13 @@ def _load() -> None:
 def solver_names(problem_type: type) -> list[str]:
     """Return the names of all solvers for a problem type, sorted, installed or not."""
     _load()
-    return sorted(_SOLVERS.get(problem_type, {}))
+    return sorted(SOLVERS.get(problem_type, {}))
 
 
 def available_solvers(problem_type: type) -> list[str]:
     """Return the names of the solvers whose required modules are installed, sorted."""
     _load()
-    return [name for name in solver_names(problem_type) if not _missing(_SOLVERS[problem_type][name])]
+    return [name for name in solver_names(problem_type) if not _missing(SOLVERS[problem_type][name])]
 
 
 def _missing(solver: Solver) -> list[str]:
@@ -125,7 +62,7 @@ def get_solver(name: str | Solver, problem_type: type) -> Solver:
                 f"solver {name.name!r} takes {name.capabilities.problem.__name__}, not {problem_type.__name__}"
             )
         return name
-    table = _SOLVERS.get(problem_type, {})
+    table = SOLVERS.get(problem_type, {})
     if name not in table:
         raise ValueError(
             f"unknown solver {name!r} for {problem_type.__name__}; available: {', '.join(solver_names(problem_type))}"
