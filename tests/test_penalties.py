@@ -157,7 +157,9 @@ def test_the_support_of_many_rows_does_not_depend_on_their_neighbours() -> None:
 
 @given(rows(), st.sampled_from(["a", "b"]), st.floats(1e-4, 0.5), st.floats(1e-3, 0.5))
 @LAW
-def test_attachment_weights_against_the_printed_formulas(parts: Parts, reading: Any, epsilon: float, delta: float) -> None:
+def test_attachment_weights_against_the_printed_formulas(
+    parts: Parts, reading: Any, epsilon: float, delta: float
+) -> None:
     weights = attachment_weights(parts, epsilon, reading, delta)
     joined = torch.cat(parts, dim=1)
     assert weights.shape == (len(joined), 1)
@@ -233,7 +235,9 @@ def test_gradients_are_those_of_the_penalties(parts: Parts, seed: int) -> None:
 @LAW
 def test_penalties_are_the_printed_sums(parts: Parts) -> None:
     joined = torch.cat(parts, dim=1).double()
-    assert float(group_sqrt_penalty(parts)) == pytest.approx(sum(float(row.abs().sum()) ** 0.5 for row in joined), rel=1e-4)
+    assert float(group_sqrt_penalty(parts)) == pytest.approx(
+        sum(float(row.abs().sum()) ** 0.5 for row in joined), rel=1e-4
+    )
     weights = torch.arange(1.0, len(joined) + 1).unsqueeze(1)
     expected = sum((i + 1) * float(row.abs().sum()) for i, row in enumerate(joined))
     assert float(weighted_l1_penalty(parts, weights)) == pytest.approx(expected, rel=1e-4)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from topoprune_solvers import Solution, Status
 from torch import nn
 
 from tests.tiny import FAMILIES, build, inputs
 from topoprune import Plan, Site, apply, find_sites
 from topoprune.extraction import collect_gram
 from topoprune.repair import MERGES, consumer_matrix, least_squares, merged_weights, next_ffn, repair_damage
+from topoprune_solvers import Solution, Status
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 LAW = settings(max_examples=80, deadline=None)
@@ -32,7 +32,9 @@ def drop_half(site: Site, seed: int = 0) -> Solution:
     keep = np.ones(n, dtype=bool)
     keep[rng.choice(n, n // 2, replace=False)] = False
     heir = np.where(keep, np.arange(n), rng.choice(np.flatnonzero(keep), n))
-    return Solution(keep, 0.0, "min", Status.FEASIBLE, "test", dominator=heir, dominator_distance=np.where(keep, 0.0, 0.5))
+    return Solution(
+        keep, 0.0, "min", Status.FEASIBLE, "test", dominator=heir, dominator_distance=np.where(keep, 0.0, 0.5)
+    )
 
 
 @st.composite

@@ -70,7 +70,9 @@ def test_the_three_figures_never_count_an_entry_twice(family: str) -> None:
     with apply(model, random_plan(model)):
         figures = measure_sparsity(model, find_sites(model))
         assert figures.zeros == pytest.approx(naive_zeros(model))
-    assert figures.removable + figures.gatherable == pytest.approx(figures.zeros, abs=1 / figures.parameters * LAYERS * 8)
+    assert figures.removable + figures.gatherable == pytest.approx(
+        figures.zeros, abs=1 / figures.parameters * LAYERS * 8
+    )
 
 
 @every_family
@@ -96,14 +98,18 @@ def test_a_unit_is_removable_exactly_if_cutting_it_changes_nothing(family: str) 
         last = site.n_units - 1
         with torch.no_grad():
             for piece in site.writes:
-                fresh.get_parameter(piece.param).narrow(piece.axis, piece.offset + last * piece.width, piece.width).zero_()
+                fresh.get_parameter(piece.param).narrow(
+                    piece.axis, piece.offset + last * piece.width, piece.width
+                ).zero_()
         assert measure_sparsity(fresh, find_sites(fresh)).kept[site.name] == (last, site.n_units)
         fresh = build(family)
         carriers = [p for p in site.reads if p.role.removesuffix("_bias") in ("v", "in", "up")]
         for done, piece in enumerate(carriers):
             assert measure_sparsity(fresh, find_sites(fresh)).kept[site.name] == (site.n_units, site.n_units), done
             with torch.no_grad():
-                fresh.get_parameter(piece.param).narrow(piece.axis, piece.offset + last * piece.width, piece.width).zero_()
+                fresh.get_parameter(piece.param).narrow(
+                    piece.axis, piece.offset + last * piece.width, piece.width
+                ).zero_()
         assert measure_sparsity(fresh, find_sites(fresh)).kept[site.name] == (last, site.n_units)
 
 
@@ -141,7 +147,10 @@ def test_connectivity_sd_is_pooled_over_layers() -> None:
     sites = find_sites(model)
     assert connectivity_sd(model, sites) < 1  # hardly a random weight is below 1e-4
     with torch.no_grad():
-        for name in ("bert.encoder.layer.0.intermediate.dense.weight", "bert.encoder.layer.1.intermediate.dense.weight"):
+        for name in (
+            "bert.encoder.layer.0.intermediate.dense.weight",
+            "bert.encoder.layer.1.intermediate.dense.weight",
+        ):
             model.get_parameter(name)[: NEURONS // 2].zero_()
     rows = torch.cat(list(degrees(model, sites).values()))
     assert connectivity_sd(model, sites) == pytest.approx(float(rows.double().std(unbiased=False)), rel=1e-5)

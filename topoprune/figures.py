@@ -147,7 +147,10 @@ def _sparsity_map(axes: Any, shares: Mapping[str, Mapping[str, float]]) -> None:
     units = sum(part in ("heads", "neurons") for part in parts)
     if 0 < units < len(parts):
         axes.axvline(units - 0.5, color="white", linewidth=7)
-        for middle, text in (((units - 1) / 2, "% of units removed"), ((units + len(parts) - 1) / 2, "% of weights that are zero")):
+        for middle, text in (
+            ((units - 1) / 2, "% of units removed"),
+            ((units + len(parts) - 1) / 2, "% of weights that are zero"),
+        ):
             axes.annotate(
                 text, (middle, 1), (0, 22), xycoords=("data", "axes fraction"), textcoords="offset points",
                 ha="center", va="bottom", size=9.5, color="#555555",
@@ -181,14 +184,30 @@ def _head_graph(axes: Any, layer: HeadLayer) -> None:
     ):
         chosen = place[np.asarray(layer.keep) == kept]
         axes.scatter(
-            chosen[:, 0], chosen[:, 1], s=size, c=face, edgecolors=edge, linewidths=1.6, linestyle=style, marker=marker, zorder=3
+            chosen[:, 0],
+            chosen[:, 1],
+            s=size,
+            c=face,
+            edgecolors=edge,
+            linewidths=1.6,
+            linestyle=style,
+            marker=marker,
+            zorder=3,
         )
     for i, (x, y) in enumerate(place):
         axes.text(
             x, y - 0.01, str(i), ha="center", va="center", size=9.5 if n <= 16 else 7, zorder=4,
             color="white" if layer.keep[i] else _PRUNED, weight="bold",
         )  # fmt: skip
-    axes.text(0, 1.36, f"{layer.name}: {int(np.sum(layer.keep))} of {n} stay", ha="center", va="center", size=10.5, color=_TEXT)
+    axes.text(
+        0,
+        1.36,
+        f"{layer.name}: {int(np.sum(layer.keep))} of {n} stay",
+        ha="center",
+        va="center",
+        size=10.5,
+        color=_TEXT,
+    )
     axes.set_xlim(-1.4, 1.4)
     axes.set_ylim(-1.22, 1.52)
     axes.set_aspect("equal")
@@ -203,7 +222,7 @@ def _legend(figure: Any, height: float) -> None:
         handles=[
             Line2D([], [], color=_KEPT, **round_marker, label="head stays"),
             Line2D([], [], markerfacecolor="white", markeredgecolor=_PRUNED, **round_marker, label="head pruned"),
-            Line2D([], [], color=_PRUNED, linewidth=1.8, marker=">", markersize=7, label="pruned head to its dominator"),
+            Line2D([], [], color=_PRUNED, linewidth=1.8, marker=">", markersize=7, label="to its dominator"),
             Line2D([], [], color=_EDGE, linewidth=1.6, label="similar heads"),
         ],
         loc="center", bbox_to_anchor=(0.72, height), ncols=4, frameon=False, fontsize=10.5,

@@ -137,7 +137,8 @@ def _check_edges(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
         if parameter is None or tuple(parameter.shape) != tuple(expected):
             found = "no such parameter" if parameter is None else f"one of shape {tuple(parameter.shape)}"
             raise ValueError(
-                f"this plan is of another model: it masks edges of {name!r} with shape {expected}, there is {found} here"
+                f"this plan is of another model: it masks edges of {name!r} with shape {expected}, "
+                f"there is {found} here"
             )
 
 

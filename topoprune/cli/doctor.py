@@ -13,7 +13,18 @@ from topoprune.cli.output import guarded, print_json
 
 __all__ = ["doctor"]
 
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "ortools", "igraph", "networkx", "pyarrow")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scipy",
+    "ortools",
+    "igraph",
+    "networkx",
+    "pyarrow",
+)
 
 
 @guarded
@@ -36,8 +47,8 @@ def doctor(
 
 def _report() -> dict[str, Any]:
     import torch
-    import topoprune_solvers as solvers
 
+    import topoprune_solvers as solvers
     from topoprune import __version__
     from topoprune.tasks.docstrings import cache_folder
     from topoprune.tasks.embedded_model import embedded_model_path
@@ -61,6 +72,7 @@ def _report() -> dict[str, Any]:
         here = solvers.available_solvers(problem)
         missing = [solver for solver in solvers.solver_names(problem) if solver not in here]
         available[name] = ", ".join(here) + (f" (not installed: {', '.join(missing)})" if missing else "")
+    online = os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0")
     return {
         "topoprune": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -69,7 +81,7 @@ def _report() -> dict[str, Any]:
         "solvers": available,
         "embedded model": embedded,
         "cache": str(cache_folder()),
-        "hub": "switched off by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "may be asked",
+        "hub": "may be asked" if online else "switched off by HF_HUB_OFFLINE",
     }
 
 

@@ -59,7 +59,14 @@ def extract(
             }
             for site in graph.sites
         ]
-        print_json({"path": str(path), "model_type": graph.model_type, "structure_digest": graph.structure_digest, "sites": sites})
+        print_json(
+            {
+                "path": str(path),
+                "model_type": graph.model_type,
+                "structure_digest": graph.structure_digest,
+                "sites": sites,
+            }
+        )
         return
     typer.echo(graph.summary())
     typer.echo(f"written: {path}")
@@ -89,7 +96,15 @@ def solve(
     plan = solve_graph(graph, solver=solver, **request)
     path = None if out is None else str(plan.save(out))
     if as_json:
-        print_json({"plan": path, "gap": plan.gap, "seconds": plan.seconds, "request": dict(plan.request), "rows": plan.table()})
+        print_json(
+            {
+                "plan": path,
+                "gap": plan.gap,
+                "seconds": plan.seconds,
+                "request": dict(plan.request),
+                "rows": plan.table(),
+            }
+        )
         return
     typer.echo(plan.summary())
     if path is not None:
@@ -146,9 +161,7 @@ def _request(
     return request
 
 
-def _load(
-    source: str, problem: str, measure: str | None, calibration_file: Path | None, samples: int
-) -> ModelGraph:
+def _load(source: str, problem: str, measure: str | None, calibration_file: Path | None, samples: int) -> ModelGraph:
     if problem not in _INCLUDE:
         raise ValueError(f"unknown problem {problem!r}; available: {', '.join(_INCLUDE)}")
     path = Path(source).expanduser()
@@ -157,7 +170,9 @@ def _load(
     from topoprune import ModelGraph
 
     if measure is not None or calibration_file is not None:
-        raise ValueError(f"--measure and --calibration-file are for models; {source} is a graph that was extracted already")
+        raise ValueError(
+            f"--measure and --calibration-file are for models; {source} is a graph that was extracted already"
+        )
     return ModelGraph.load(path)
 
 
@@ -179,7 +194,7 @@ def _from_model(
     with warnings.catch_warnings():
         if calibration_file is None:
             warnings.filterwarnings("ignore", message="calibration is not used")
-        asked = {} if measure is None else {"measure": measure}
+        asked: dict[str, Any] = {} if measure is None else {"measure": measure}
         return extract_graph(model, include=include, calibration=batches(), **asked)
 
 
@@ -196,5 +211,7 @@ def _calibration_texts(path: Path | None, samples: int) -> tuple[list[str], str]
     table = read_table(path)
     column = next((name for name in ("text", "sentence", "sentence1") if name in table.columns), None)
     if column is None:
-        raise ValueError(f"{path} has no column text, sentence or sentence1; its columns are: {', '.join(table.columns)}")
+        raise ValueError(
+            f"{path} has no column text, sentence or sentence1; its columns are: {', '.join(table.columns)}"
+        )
     return [str(row.get(column, "")) for _, row in table.rows[:samples]], f"{path}, column {column!r}"

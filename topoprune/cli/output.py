@@ -62,7 +62,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
                 return command(*args, **kwargs)
             except Interrupted as stop:
                 console.print(f"[yellow]{stop}[/]", highlight=False)
-                again = shlex.join(["topoprune", *(word for word in sys.argv[1:] if word not in ("--overwrite", "--resume"))])
+                again = shlex.join(
+                    ["topoprune", *(word for word in sys.argv[1:] if word not in ("--overwrite", "--resume"))]
+                )
                 if sys.argv[1:2] == ["demo"]:
                     console.print(f"The demo starts anew with: {again}", highlight=False, markup=False)
                 else:

@@ -121,7 +121,9 @@ def train(
     data = _data(task, train_file, validation_file, text_column, text_pair_column, label_column)
     data = data.limit(max_train_samples, max_eval_samples, seed)
     console = stderr_console()
-    console.print(f"model {model}; {data.source}: {len(data.train):,} + {len(data.validation):,} texts", highlight=False)
+    console.print(
+        f"model {model}; {data.source}: {len(data.train):,} + {len(data.validation):,} texts", highlight=False
+    )
     result = train_classifier(
         model,
         data,
@@ -140,7 +142,9 @@ def train(
     f1 = "" if result.f1 is None else f", F1 {result.f1:.3f}"
     out.print(f"accuracy {result.score:.3f}{f1}; always the commonest class: {result.floor:.3f}", highlight=False)
     _print_resolved(out, result)
-    out.print(f"written: {result.output_dir} (model, {', '.join(k for k in result.files if k != 'model')})", highlight=False)
+    out.print(
+        f"written: {result.output_dir} (model, {', '.join(k for k in result.files if k != 'model')})", highlight=False
+    )
 
 
 @guarded
@@ -168,10 +172,10 @@ def demo(
         out.print(results_table(result.results))
         first = result.results[0]
         out.print(
-            f"accuracy on {first.validation_examples} held-out texts after {first.train_examples} for training; always the "
-            f"commonest class: {first.floor:.3f}\n"
-            "zeros, removable: share of attention and FFN weights that are zero; that lie in heads and neurons which can be "
-            "cut out\nMLP sd: standard deviation of the neurons' connectivity, in percentage points (a removed neuron has 0)",
+            f"accuracy: on {first.validation_examples} held-out texts, trained on {first.train_examples}; always the "
+            f"commonest class gives {first.floor:.3f}\n"
+            "zeros, removable: share of attention and FFN weights that are zero; in heads and neurons to cut out\n"
+            "MLP sd: standard deviation of connectivity over FFN rows, in percentage points (a removed neuron has 0)",
             highlight=False,
         )
         for row in result.results:
@@ -194,15 +198,17 @@ def _print_resolved(out: Any, result: Any) -> None:
     if result.method == "neuroprune":
         thetas = ", ".join(f"{value:.3f}" for value in result.thetas.values())
         out.print(
-            f"neuroprune: alpha {result.alpha:g}, beta {result.beta:g}, theta {result.recipe['theta']}, resolved by layer at "
-            f"the last head step: {thetas}",
+            f"neuroprune: alpha {result.alpha:g}, beta {result.beta:g}, theta {result.recipe['theta']}, "
+            f"resolved by layer at the last head step: {thetas}",
             highlight=False,
         )
     elif result.method == "budget":
         asked = [f"{name} {result.recipe[name]}" for name in ("sparsity", "heads") if result.recipe[name] is not None]
+        gone = result.removable if result.recipe["granularity"] == "unit" else result.zeros
+        heads = sum(result.heads_total) - sum(result.heads)
         out.print(
-            f"budget: {', '.join(asked)} asked, {result.removable if result.recipe['granularity'] == 'unit' else result.zeros:.2%} "
-            f"of the weights and {sum(result.heads_total) - sum(result.heads)} heads gone, {result.decisions} decisions",
+            f"budget: {', '.join(asked)} asked; {gone:.2%} of the weights and {heads} heads gone, "
+            f"{result.decisions} decisions",
             highlight=False,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from topoprune.tasks.run_folder import RunFolder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from topoprune.train import BudgetRecipe, NeuroPruneRecipe
+    from topoprune.train import BudgetRecipe, NeuroPruneRecipe, Pruner
 
 __all__ = ["Training", "train_classifier"]
 
@@ -95,25 +96,87 @@ def train_classifier(
         OSError: the folder cannot be written; checked before training.
         Interrupted: Ctrl-C; a checkpoint was saved, `resume=True` goes on from it exactly.
     """
-    import torch
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
-    from transformers.trainer_callback import PrinterCallback
+    from transformers import set_seed
 
-    from topoprune.architectures import find_sites
-    from topoprune.sparsity import connectivity_sd, measure_sparsity
     from topoprune.tasks.models import load_classifier, load_tokenizer
     from topoprune.tasks.monitor import Monitor, StopAtStep, quiet_libraries
     from topoprune.train import TopoPruneCallback
 
     training = training or Training()
-    settings = _settings(str(model), data, recipe, training)
-    folder = RunFolder.open(output_dir, settings, resume=resume, overwrite=overwrite)
+    folder = RunFolder.open(
+        output_dir, _settings(str(model), data, recipe, training), resume=resume, overwrite=overwrite
+    )
     set_seed(training.seed)  # the new head's weights
     network = load_classifier(model, data.labels)
-    sites = find_sites(network)
     tokenizer = load_tokenizer(model)
     if network.config.pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id
+    method = "dense" if recipe is None else str(recipe.to_dict()["method"])
+    pruning = None if recipe is None else TopoPruneCallback(recipe, seed=training.seed)
+    stop = StopAtStep(console)
+    monitor = None if console is None else Monitor(method, console)
+    # The pruning callback first: the monitor shows what it adds to the logs.
+    trainer = _trainer(
+        network, tokenizer, data, training, folder, [c for c in (pruning, stop, monitor) if c is not None]
+    )
+    started = time.perf_counter()
+    try:
+        with quiet_libraries(), stop.watching():
+            trainer.train(resume_from_checkpoint=folder.checkpoint)
+    finally:
+        if monitor is not None:
+            monitor.close()
+        if pruning is not None and pruning.pruner is not None:
+            pruning.pruner.close()
+    seconds = folder.seconds_before + time.perf_counter() - started
+    if trainer.state.global_step < trainer.state.max_steps:
+        checkpoint = folder.record_stop(trainer.state.global_step, seconds)
+        raise Interrupted(str(checkpoint), trainer.state.global_step, trainer.state.max_steps)
+
+    with quiet_libraries():
+        predicted = trainer.predict(trainer.eval_dataset).predictions
+        network.save_pretrained(folder.path)
+        tokenizer.save_pretrained(folder.path)
+    # Some models return hidden states beside the logits.
+    logits = np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted)
+    files = {"model": str(folder.path), "result": str(folder.path / "result.json")}
+    figures: dict[str, Any] = {"method": method, **_scores(logits.argmax(axis=1), data), **_size_figures(network)}
+    if recipe is not None and pruning is not None and pruning.pruner is not None:
+        files["plan"] = str(pruning.pruner.plan.save(folder.path / "plan.npz"))
+        figures |= _decision_figures(recipe, pruning.pruner)
+    result = RunResult(
+        **figures,
+        floor=data.floor,
+        seconds=seconds,
+        steps=trainer.state.global_step,
+        train_examples=len(data.train),
+        validation_examples=len(data.validation),
+        model=str(model),
+        data=data.source,
+        output_dir=str(folder.path),
+        seed=training.seed,
+        device=str(network.device),
+        resumed=folder.checkpoint is not None,
+        files=files,
+    )
+    write_json(folder.path / "result.json", result.to_dict())
+    folder.finish()
+    return result
+
+
+def _trainer(
+    network: Any,
+    tokenizer: Any,
+    data: ClassificationData,
+    training: Training,
+    folder: RunFolder,
+    callbacks: list[Any],
+) -> Any:
+    """Return a Trainer that reports only through our callbacks and asks no hub."""
+    import torch
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
     arguments = TrainingArguments(
         output_dir=str(folder.path),
         num_train_epochs=training.epochs,
@@ -134,90 +197,56 @@ def train_classifier(
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     )
-    stop = StopAtStep(console)
-    pruning = None if recipe is None else TopoPruneCallback(recipe, seed=training.seed)
-    monitor = (
-        None if console is None else Monitor("dense" if recipe is None else str(recipe.to_dict()["method"]), console)
-    )
-    # The pruning callback first: the monitor shows what it adds to the logs.
-    callbacks = [callback for callback in (pruning, stop, monitor) if callback is not None]
-    trainer = Trainer(
+    train, validation = (_encode(tokenizer, split, training.max_length) for split in (data.train, data.validation))
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer: Any = Trainer(
         network,
         arguments,
-        train_dataset=_encode(tokenizer, data.train, training.max_length),  # type: ignore[arg-type]  # any sequence will do
-        eval_dataset=_encode(tokenizer, data.validation, training.max_length),  # type: ignore[arg-type]
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator,
+        train_dataset=train,  # type: ignore[arg-type]  # any sequence will do
+        eval_dataset=validation,  # type: ignore[arg-type]
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
-    try:
-        with quiet_libraries(), stop.watching():
-            trainer.train(resume_from_checkpoint=folder.checkpoint)
-    finally:
-        if monitor is not None:
-            monitor.close()
-        if pruning is not None and pruning.pruner is not None:
-            pruning.pruner.close()
-    seconds = folder.seconds_before + time.perf_counter() - started
-    state = trainer.state
-    if state.global_step < state.max_steps:
-        checkpoint = folder.record_stop(state.global_step, seconds)
-        raise Interrupted(str(checkpoint), state.global_step, state.max_steps)
+    return trainer
 
-    with quiet_libraries():
-        predicted = trainer.predict(trainer.eval_dataset).predictions  # type: ignore[arg-type]
-    logits = predicted[0] if isinstance(predicted, tuple) else predicted
-    accuracy, f1 = _scores(np.asarray(logits).argmax(axis=1), data)
+
+def _size_figures(network: Any) -> dict[str, Any]:
+    """Return what is left of the model."""
+    from topoprune.architectures import find_sites
+    from topoprune.sparsity import connectivity_sd, measure_sparsity
+
+    sites = find_sites(network)
     figures = measure_sparsity(network, sites)
-    pruner = None if pruning is None else pruning.pruner
-    last = pruner.history[-1] if pruner is not None and pruner.history else None
-    files = {"model": str(folder.path), "result": str(folder.path / "result.json")}
-    with quiet_libraries():
-        network.save_pretrained(folder.path)
-        tokenizer.save_pretrained(folder.path)
-    if pruner is not None:
-        files["plan"] = str(pruner.plan.save(folder.path / "plan.npz"))
-    kinds = {site.name: site.kind for site in sites}
-    heads = [counts for name, counts in figures.kept.items() if kinds[name] != "neuron"]
-    neurons = [counts for name, counts in figures.kept.items() if kinds[name] == "neuron"]
-    asked = {} if recipe is None else recipe.to_dict()
-    result = RunResult(
-        method=asked.get("method", "dense"),
-        score=accuracy,
-        floor=data.floor,
-        f1=f1,
-        zeros=figures.zeros,
-        removable=figures.removable,
-        gatherable=figures.gatherable,
-        heads=tuple(kept for kept, _ in heads),
-        heads_total=tuple(total for _, total in heads),
-        neurons=tuple(kept for kept, _ in neurons),
-        neurons_total=tuple(total for _, total in neurons),
-        connectivity_sd=connectivity_sd(network, sites),
-        seconds=seconds,
-        solver=last.solver if last is not None else "",
-        decisions=len(pruner.history) if pruner is not None else 0,
-        gap=last.gap if last is not None and last.gap == last.gap else None,
-        solver_seconds=sum(sum(event.seconds.values()) for event in pruner.history) if pruner is not None else 0.0,
-        alpha=asked.get("alpha"),
-        beta=asked.get("beta"),
-        thetas=dict(last.thetas) if last is not None else {},
-        recipe=asked or None,
-        steps=state.global_step,
-        train_examples=len(data.train),
-        validation_examples=len(data.validation),
-        model=str(model),
-        data=data.source,
-        output_dir=str(folder.path),
-        seed=training.seed,
-        device=str(network.device),
-        resumed=folder.checkpoint is not None,
-        files=files,
-    )
-    write_json(folder.path / "result.json", result.to_dict())
-    folder.finish()
-    return result
+    neurons = {site.name for site in sites if site.kind == "neuron"}
+    by_kind: dict[str, Any] = {}
+    for label, counts in (
+        ("heads", [pair for name, pair in figures.kept.items() if name not in neurons]),
+        ("neurons", [pair for name, pair in figures.kept.items() if name in neurons]),
+    ):
+        by_kind |= {label: tuple(kept for kept, _ in counts), f"{label}_total": tuple(total for _, total in counts)}
+    shares = {name: getattr(figures, name) for name in ("zeros", "removable", "gatherable")}
+    return {**shares, **by_kind, "connectivity_sd": connectivity_sd(network, sites)}
+
+
+def _decision_figures(recipe: NeuroPruneRecipe | BudgetRecipe, pruner: Pruner) -> dict[str, Any]:
+    """Return what was asked, resolved and certified."""
+    asked = recipe.to_dict()
+    figures = {
+        "recipe": asked,
+        "alpha": asked.get("alpha"),
+        "beta": asked.get("beta"),
+        "decisions": len(pruner.history),
+        "solver_seconds": sum(sum(event.seconds.values()) for event in pruner.history),
+    }
+    if pruner.history:
+        last = pruner.history[-1]
+        figures |= {
+            "solver": last.solver,
+            "gap": None if math.isnan(last.gap) else last.gap,
+            "thetas": dict(last.thetas),
+        }
+    return figures
 
 
 def _settings(
@@ -244,12 +273,12 @@ def _encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> lis
     return [{**{name: batch[name][i] for name in names}, "labels": example.label} for i, example in enumerate(examples)]
 
 
-def _scores(predicted: np.ndarray, data: ClassificationData) -> tuple[float, float | None]:
+def _scores(predicted: np.ndarray, data: ClassificationData) -> dict[str, float | None]:
     """Return accuracy, and for two classes the F1 of class 1."""
     truth = np.array([example.label for example in data.validation])
     accuracy = float(np.mean(predicted == truth))
     if len(data.labels) != 2:
-        return accuracy, None
+        return {"score": accuracy, "f1": None}
     hits = int(np.sum((predicted == 1) & (truth == 1)))
     either = int(np.sum(predicted == 1)) + int(np.sum(truth == 1))
-    return accuracy, 2 * hits / either if either else 0.0
+    return {"score": accuracy, "f1": 2 * hits / either if either else 0.0}

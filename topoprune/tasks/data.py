@@ -143,8 +143,8 @@ def load_hub_task(task: str, columns: Columns | None = None) -> ClassificationDa
         splits: Mapping[str, Any] = load_dataset(path, config or None)
     except Exception as error:  # the hub client raises many unrelated types, offline ones among them
         raise ValueError(
-            f"cannot load task {task!r} ({type(error).__name__}: {str(error).splitlines()[0][:200]}). If the hub is out of "
-            "reach, give local files with --train-file and --validation-file, or use the embedded task "
+            f"cannot load task {task!r} ({type(error).__name__}: {str(error).splitlines()[0][:200]}). If the hub "
+            "is out of reach, give local files with --train-file and --validation-file, or use the embedded task "
             "(--task stdlib-docs)"
         ) from error
     held_out = next((s for s in ("validation", "validation_matched", "test") if s in splits), None)

@@ -72,12 +72,12 @@ def run_demo(
     from topoprune import Recipe
 
     folder = writable_folder(output_dir)
-    data = load_docstrings().limit(320 if quick else 960, 200 if quick else 600, seed)
+    data = load_docstrings().limit(320 if quick else 800, 200 if quick else 600, seed)
     training = Training(epochs=3, batch_size=32, learning_rate=2e-4, max_length=32, seed=seed)
     recipes = {
         "dense": None,
         "neuroprune": Recipe.neuroprune(ALPHA, BETA, THETA),
-        "budget": Recipe.budget(sparsity=SPARSITY),
+        "budget": Recipe.budget(sparsity=SPARSITY, solver="exact"),
     }
     results = []
     for method, recipe in recipes.items():
@@ -149,12 +149,12 @@ def _draw(results: list[RunResult], data: ClassificationData, path: Path) -> Pat
         measure = next(iter(graph.measures.values()))
         runs.append(
             RunPicture(
-                f"{result.method}: accuracy {result.score:.3f} (dense {results[0].score:.3f}), zeros {result.zeros:.1%}, "
-                f"removable {result.removable:.1%}, heads {heads_text(result)}",
+                f"{result.method}: accuracy {result.score:.3f} (dense {results[0].score:.3f}), "
+                f"zeros {result.zeros:.1%}, removable {result.removable:.1%}, heads {heads_text(result)}",
                 zero_shares(model, find_sites(model)),
                 layers,
-                f"Grey: the fifth of head pairs nearest by {measure} after dense fine-tuning. Arrows: which head covers a "
-                f"pruned one in the plan ({result.solver}).",
+                f"Grey: the fifth of head pairs nearest by {measure} after dense fine-tuning. Arrows: which head "
+                f"covers a pruned one in the plan ({result.solver}).",
             )
         )
     return draw_runs(runs, path, title=f"MiniLM, pruned while it learns ({data.name})")

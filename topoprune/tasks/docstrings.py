@@ -26,33 +26,43 @@ from pathlib import Path
 from topoprune.files import atomic_path
 from topoprune.tasks.data import ClassificationData, Example
 
-__all__ = ["GROUPS", "cache_folder", "collect_docstrings", "in_validation", "load_docstrings"]
+__all__ = ["GROUPS", "cache_folder", "collect_docstrings", "in_validation", "load_docstrings", "text_key"]
 
 # Topic group -> top-level modules. The order gives the class index; modules not named are left out.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "network": tuple(
-        ["asynchat", "asyncore", "cgi", "cgitb", "email", "ftplib", "http", "imaplib", "ipaddress", "mailbox", "mailcap", "mimetypes", "netrc", "nntplib", "poplib", "smtpd", "smtplib", "socket", "socketserver", "ssl", "telnetlib", "urllib", "webbrowser", "wsgiref", "xmlrpc"]
+_MODULES = {
+    "network": (
+        "asynchat asyncore cgi cgitb email ftplib http imaplib ipaddress mailbox mailcap mimetypes netrc nntplib "
+        "poplib smtpd smtplib socket socketserver ssl telnetlib urllib webbrowser wsgiref xmlrpc"
     ),
-    "interface": tuple(["cmd", "colorsys", "curses", "idlelib", "rlcompleter", "tkinter", "turtle", "turtledemo"]),
-    "concurrency": tuple(
-        ["_threading_local", "asyncio", "concurrent", "contextvars", "multiprocessing", "queue", "sched", "selectors", "signal", "subprocess", "threading"]
+    "interface": "cmd colorsys curses idlelib rlcompleter tkinter turtle turtledemo",
+    "concurrency": (
+        "_threading_local asyncio concurrent contextvars multiprocessing queue sched selectors signal subprocess "
+        "threading"
     ),
-    "data": tuple(
-        ["base64", "binascii", "codecs", "configparser", "copy", "copyreg", "csv", "dbm", "difflib", "encodings", "gettext", "html", "json", "locale", "_markupbase", "pickle", "pickletools", "plistlib", "pprint", "quopri", "re", "reprlib", "shelve", "shlex", "sqlite3", "sre_compile", "sre_parse", "string", "stringprep", "struct", "textwrap", "tomllib", "unicodedata", "uu", "xdrlib", "xml"]
+    "data": (
+        "_markupbase base64 binascii codecs configparser copy copyreg csv dbm difflib encodings gettext html json "
+        "locale pickle pickletools plistlib pprint quopri re reprlib shelve shlex sqlite3 sre_compile sre_parse "
+        "string stringprep struct textwrap tomllib unicodedata uu xdrlib xml"
     ),
-    "files": tuple(
-        ["_compression", "_pyio", "bz2", "filecmp", "fileinput", "fnmatch", "genericpath", "getpass", "glob", "gzip", "io", "linecache", "lzma", "ntpath", "nturl2path", "os", "pathlib", "pipes", "platform", "posixpath", "pty", "shutil", "stat", "tarfile", "tempfile", "tty", "zipfile"]
+    "files": (
+        "_compression _pyio bz2 filecmp fileinput fnmatch genericpath getpass glob gzip io linecache lzma ntpath "
+        "nturl2path os pathlib pipes platform posixpath pty shutil stat tarfile tempfile tty zipfile"
     ),
-    "numbers": tuple(
-        ["_collections_abc", "_pydatetime", "_pydecimal", "_strptime", "bisect", "calendar", "collections", "datetime", "decimal", "fractions", "graphlib", "hashlib", "heapq", "hmac", "math", "numbers", "operator", "random", "secrets", "statistics", "uuid", "zoneinfo"]
+    "numbers": (
+        "_collections_abc _pydatetime _pydecimal _strptime bisect calendar collections datetime decimal fractions "
+        "graphlib hashlib heapq hmac math numbers operator random secrets statistics uuid zoneinfo"
     ),
-    "language": tuple(
-        ["_py_abc", "abc", "ast", "code", "codeop", "contextlib", "ctypes", "dataclasses", "dis", "enum", "functools", "imp", "importlib", "inspect", "keyword", "modulefinder", "opcode", "pkgutil", "py_compile", "pyclbr", "runpy", "symtable", "tabnanny", "token", "tokenize", "types", "typing", "warnings", "weakref", "zipimport"]
+    "language": (
+        "_py_abc abc ast code codeop contextlib ctypes dataclasses dis enum functools imp importlib inspect keyword "
+        "modulefinder opcode pkgutil py_compile pyclbr runpy symtable tabnanny token tokenize types typing warnings "
+        "weakref zipimport"
     ),
-    "tools": tuple(
-        ["argparse", "bdb", "compileall", "cProfile", "distutils", "doctest", "ensurepip", "getopt", "logging", "optparse", "pdb", "profile", "pstats", "pydoc", "site", "sysconfig", "timeit", "trace", "traceback", "tracemalloc", "unittest", "venv", "zipapp"]
+    "tools": (
+        "argparse bdb cProfile compileall distutils doctest ensurepip getopt logging optparse pdb profile pstats "
+        "pydoc site sysconfig timeit trace traceback tracemalloc unittest venv zipapp"
     ),
 }
+GROUPS: dict[str, tuple[str, ...]] = {group: tuple(names.split()) for group, names in _MODULES.items()}
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "_vendor"}
 _MIN_CHARACTERS, _MIN_WORDS, _MAX_CHARACTERS = 24, 4, 600
 _FEWEST_TEXTS = 1000
@@ -102,11 +112,11 @@ def in_validation(text: str) -> bool:
     >>> in_validation("Return a list of names.") == in_validation("return a  list of names")
     True
     """
-    digest = hashlib.sha256(_key(text).encode()).digest()
+    digest = hashlib.sha256(text_key(text).encode()).digest()
     return int.from_bytes(digest[:8], "big") < _VALIDATION_SHARE * 2**64
 
 
-def _key(text: str) -> str:
+def text_key(text: str) -> str:
     """Return the words of a text, lower case: texts with the same key count as equal."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
@@ -129,13 +139,13 @@ def collect_docstrings(stdlib: Path) -> list[tuple[str, str]]:
         for docstring in _docstrings(path):
             text = _clean(docstring, module)
             if text is not None:
-                found.setdefault(_key(text), {}).setdefault(group_of[module], text)
+                found.setdefault(text_key(text), {}).setdefault(group_of[module], text)
     # A text with two groups has no right answer.
     rows = [next(iter(groups.items())) for groups in found.values() if len(groups) == 1]
     if len(rows) < _FEWEST_TEXTS:
         raise ValueError(
-            f"found only {len(rows)} docstrings under {stdlib}, expected at least {_FEWEST_TEXTS}: the sources of Python's "
-            "standard library are not installed here. Use your own data: --train-file and --validation-file"
+            f"found only {len(rows)} docstrings under {stdlib}, expected at least {_FEWEST_TEXTS}: the sources of "
+            "Python's standard library are not installed here. Use your own data: --train-file and --validation-file"
         )
     return sorted(rows)
 
@@ -158,14 +168,14 @@ def _clean(docstring: str, module: str) -> str | None:
     """Return one line of text without the module's own name, or None if too little is left."""
     text = re.sub(rf"\b{re.escape(module)}\b", " ", docstring, flags=re.IGNORECASE)
     text = " ".join(text.split())[:_MAX_CHARACTERS]
-    enough = len(text) >= _MIN_CHARACTERS and len(_key(text).split()) >= _MIN_WORDS
+    enough = len(text) >= _MIN_CHARACTERS and len(text_key(text).split()) >= _MIN_WORDS
     return text if enough else None
 
 
 def _read_cache(path: Path) -> list[tuple[str, str]] | None:
     try:
         rows = [(str(group), str(text)) for group, text in json.loads(path.read_text(encoding="utf-8"))]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
         warnings.warn(f"the cache {path} is not readable ({error}); reading the docstrings again", stacklevel=3)

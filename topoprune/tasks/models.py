@@ -45,7 +45,8 @@ def _load(loader: Callable[..., Any], name: str | Path, **options: Any) -> Any:
         hint = (
             "the folder is incomplete or of another kind of model"
             if Path(where).is_dir()
-            else f"no local folder of that name, and the hub has no such model or is out of reach; give a local folder or '{EMBEDDED}'"
+            else "no local folder of that name, and the hub has no such model or is out of reach; "
+            f"give a local folder or '{EMBEDDED}'"
         )
         raise ValueError(f"cannot load {str(name)!r}: {hint} ({first})") from error
 

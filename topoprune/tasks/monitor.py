@@ -72,6 +72,7 @@ class Monitor(TrainerCallback):
             TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,  # in a log file only the decisions make sense
         )
         self._task: Any = None
 
@@ -103,7 +104,8 @@ class Monitor(TrainerCallback):
         if "topoprune/gap" in logs:
             gap, seconds = float(logs["topoprune/gap"]), float(logs.get("topoprune/solve_seconds", 0.0))
             self._progress.console.print(
-                f"  step {state.global_step:>4}: {logs['topoprune/heads']} heads stay, zeros {logs['topoprune/zeros']:.1%}, "
+                f"  step {state.global_step:>4}: {logs['topoprune/heads']} heads stay, "
+                f"zeros {logs['topoprune/zeros']:.1%}, "
                 f"removable {logs['topoprune/removable']:.1%}, gap {'-' if gap != gap else f'{gap:.1%}'}, "
                 f"solved in {1e3 * seconds:.0f} ms",
                 highlight=False,

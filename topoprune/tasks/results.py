@@ -46,6 +46,7 @@ class RunResult:
         train_examples, validation_examples: how many.
         model, data: what was trained, on what. output_dir: where everything lies.
         seed: of everything random. device: where it ran. resumed: continued from a checkpoint.
+        files: what was written, by kind.
     """
 
     method: str
@@ -61,14 +62,6 @@ class RunResult:
     neurons_total: tuple[int, ...]
     connectivity_sd: float
     seconds: float
-    solver: str
-    decisions: int
-    gap: float | None
-    solver_seconds: float
-    alpha: float | None
-    beta: float | None
-    thetas: Mapping[str, float]
-    recipe: Mapping[str, Any] | None
     steps: int
     train_examples: int
     validation_examples: int
@@ -78,6 +71,14 @@ class RunResult:
     seed: int
     device: str
     resumed: bool = False
+    solver: str = ""
+    decisions: int = 0
+    gap: float | None = None
+    solver_seconds: float = 0.0
+    alpha: float | None = None
+    beta: float | None = None
+    thetas: Mapping[str, float] = field(default_factory=dict)
+    recipe: Mapping[str, Any] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

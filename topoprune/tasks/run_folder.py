@@ -77,8 +77,8 @@ class RunFolder:
         if not resume:
             if checkpoints:
                 raise ValueError(
-                    f"{folder} holds {checkpoints[-1].name} of an interrupted run; add --resume to go on, --overwrite to start "
-                    "anew, or choose another --output-dir"
+                    f"{folder} holds {checkpoints[-1].name} of an interrupted run; add --resume to go on, "
+                    "--overwrite to start anew, or choose another --output-dir"
                 )
             for stale in ("result.json", "plan.npz"):  # of an earlier run: they would belie this one
                 (folder / stale).unlink(missing_ok=True)
@@ -92,8 +92,8 @@ class RunFolder:
         if differing:
             name, was, now = differing[0]
             raise ValueError(
-                f"cannot resume {checkpoints[-1]}: {name} was {was!r}, now it is {now!r}; resume with the settings of the "
-                "interrupted run"
+                f"cannot resume {checkpoints[-1]}: {name} was {was!r}, now it is {now!r}; resume with the settings "
+                "of the interrupted run"
             )
         return cls(folder, settings, str(checkpoints[-1]), float(before.get("seconds", 0.0)))
 

@@ -82,9 +82,10 @@ def _lines(source: Path, zipped: bool) -> Iterator[Iterator[str]]:
             yield line
 
     try:
-        raw = gzip.open(source, "rb") if zipped else open(source, "rb")
-        with raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:  # type: ignore[type-var]
-            yield counted(file)
+        with source.open("rb") as raw:
+            plain = gzip.GzipFile(fileobj=raw) if zipped else raw
+            with io.TextIOWrapper(plain, encoding="utf-8-sig", newline="") as file:
+                yield counted(file)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}, after line {count}: not UTF-8 text ({error.reason})") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -20,7 +20,7 @@ from topoprune.sparsity import row_view
 from topoprune.train.decision import Decision, expand
 from topoprune.train.recipe import BudgetRecipe
 from topoprune.train.schedule import cubic_ramp, share_out, solve_steps, spread
-from topoprune_solvers import EdgeSelection, SoftDomination, Solution, Status
+from topoprune_solvers import EdgeSelection, SoftDomination, Solution, Status, get_solver
 from topoprune_solvers import solve as solve_problem
 
 __all__ = ["BudgetDriver"]
@@ -56,6 +56,7 @@ class BudgetDriver:
                 zip(counted_matrices(self.sites), spread(round(recipe.sparsity * sum(sizes)), sizes), strict=True)
             )
         else:
+            get_solver(recipe.solver, SoftDomination)  # an unknown one is refused now, not at the first decision
             self.removed = _targets(self.sites, recipe)
         self._collector: GramCollector | None = None
         self._tokens_per_step = 0.0

@@ -57,8 +57,7 @@ class TopoPruneCallback(TrainerCallback):
                 "load_best_model_at_end=True would bring back weights from before the last pruning decision; "
                 "set it to False and evaluate the final model"
             )
-        epochs = args.num_train_epochs if args.max_steps <= 0 else max(state.num_train_epochs, 1)
-        per_epoch = max(1, math.ceil(state.max_steps / max(epochs, 1e-9)))
+        per_epoch = _steps_per_epoch(args, state, kwargs.get("train_dataloader"))
         self.pruner = Pruner(
             kwargs["model"], self.recipe, total_steps=state.max_steps, steps_per_epoch=per_epoch, seed=self.seed
         )
@@ -130,3 +129,12 @@ class TopoPruneCallback(TrainerCallback):
         """Release the model; the zeros stay in the weights."""
         if self.pruner is not None:
             self.pruner.close()
+
+
+def _steps_per_epoch(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
+    """Return optimizer steps per pass over the data; a stream without length is one epoch."""
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return max(1, state.max_steps)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
