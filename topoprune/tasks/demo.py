@@ -77,7 +77,7 @@ def run_demo(
     recipes = {
         "dense": None,
         "neuroprune": Recipe.neuroprune(ALPHA, BETA, THETA),
-        "budget": Recipe.budget(sparsity=SPARSITY, solver="exact"),
+        "budget": Recipe.budget(sparsity=SPARSITY),
     }
     results = []
     for method, recipe in recipes.items():

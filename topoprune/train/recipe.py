@@ -106,7 +106,7 @@ class BudgetRecipe:
     repair: Literal["heads", "all", "none"] = "heads"
     ridge: float = 1e-4
     tokens_per_unit: int = 4
-    solver: str = "greedy"
+    solver: str = "exact"
 
     def __post_init__(self) -> None:
         if self.sparsity is None and self.heads is None:
