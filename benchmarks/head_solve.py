@@ -68,6 +68,10 @@ def run(options: Options) -> Outcome:
             figures[f"{name}_{solver}_ms"] = Figure(row["ms"], "ms")
             figures[f"{name}_{solver}_gap"] = Figure(row["gap"], "ratio")
             figures[f"{name}_{solver}_size"] = Figure(row["size"], "heads")
+        for row in rows:
+            if row["graphs"] == name and row["own_bound"]:
+                sources = ", ".join(f"{source} {count}" for source, count in row["bound_sources"].items())
+                notes.append(f"{name}, {row['solver']}: layers by what proves the bound: {sources}")
         unproven = [row["solver"] for row in rows if row["graphs"] == name and not row["own_bound"]]
         notes.append(f"{name}: {', '.join(unproven)} prove no bound; their gap is measured against the optimum")
     notes.append(

@@ -22,7 +22,7 @@ from topoprune.tasks.results import RunResult, heads_text
 
 SPARSITY = 0.5
 # NeuroPrune's strengths, times the number of steps: a proximal step is lr * strength, so a run of any
-# length shrinks weights equally. At the learning rate below about a fifth of them reach zero; the
+# length shrinks weights equally. At the learning rate below about a third of them reach zero; the
 # quantile takes one or two heads of each layer at every epoch's end.
 ALPHA_STEPS, BETA_STEPS, THETA = 5000.0, 375.0, "auto:0.02"
 
@@ -41,7 +41,7 @@ class Spec:
 
 
 SST2, MRPC = Spec("sst2", 4000, None, 64), Spec("mrpc", None, None, 128)
-QUICK = Spec("sst2", 160, 100, 32)
+QUICK = Spec("sst2", 128, 64, 32)
 
 
 def run(options: Options) -> Outcome:

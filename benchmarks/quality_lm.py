@@ -5,7 +5,7 @@ trained. All data the methods see is text sampled from the dense model itself; t
 stories they never see. Needs the environment variable TOPOPRUNE_DATA.
 
 ``ours`` is soft domination on the output Gram with least-squares repair of the consumer, fixed
-before any result was seen. The ``*_repaired`` methods are ablations: somebody else's choice of
+in advance. The ``*_repaired`` methods are ablations: somebody else's choice of
 units with our repair, so that the gain of the choice and of the repair can be told apart.
 """
 
@@ -90,9 +90,7 @@ def run(options: Options) -> Outcome:
         notes.append(f"{level}: best baseline is {best['method']}, its loss minus ours {_difference(best, ours)}")
         rival = min((row for row in results.values() if row["ablation"]), key=lambda row: row["loss"])
         figures[f"{level}_choice_margin"] = Figure(rival["loss"] - ours["loss"], "nats", better="higher")
-        notes.append(
-            f"{level}: with our repair it is {rival['method']}, its loss minus ours {_difference(rival, ours)}"
-        )
+        notes.append(f"{level}: with our repair {rival['method']}, its loss minus ours {_difference(rival, ours)}")
     restored = bench.loss()
     gate = restored == dense
     notes.append(f"after all runs the dense loss is {'the same bit for bit' if gate else f'{restored}, not {dense}'}")

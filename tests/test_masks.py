@@ -28,9 +28,24 @@ PAPER = [name for name in FAMILIES if name not in ("t5", "t5-gated", "qwen3")]
 MERGES = [(name, merge) for name in FAMILIES for merge in ("none", "scale", "least-squares")] + [
     (name, "paper") for name in PAPER
 ]
+
+
+class Langevin(torch.optim.Optimizer):
+    """Moves every weight at every step, whatever its gradient and state: only enforcement keeps zeros zero."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(torch.randn_like(parameter) - parameter.grad.sign(), alpha=0.05)
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+    "langevin": Langevin,
     "amsgrad": lambda model: torch.optim.Adam(
         model.parameters(), lr=0.01, weight_decay=0.1, amsgrad=True, foreach=False
     ),

@@ -64,22 +64,25 @@ def least_squares(
             )
         # Correction to the kept part, not the whole part: an ill-conditioned solve then errs around dropping.
         cross = weight[:, gone] @ moment[gone][:, kept]
-        result[:, kept] = weight[:, kept] + _solve_psd(system, cross.t()).t()
+        result[:, kept] = weight[:, kept] + _solve_psd(system, cross.t(), torch.finfo(moment_NN.dtype).eps).t()
     return result.to(weight_ON.dtype)
 
 
-def _solve_psd(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _solve_psd(system: torch.Tensor, right: torch.Tensor, eps: float) -> torch.Tensor:
+    """Solve on the numerical range of a moment that was summed at relative precision `eps`."""
+    # Unit diagonal first: rounding is relative to each feature, and features differ by orders of magnitude.
+    scale = system.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(1)
+    system, right = system / scale / scale.t(), right / scale
+    noise = eps * system.shape[0]
     factor, info = torch.linalg.cholesky_ex(system)
-    if int(info) == 0:
-        solution = torch.cholesky_solve(right, factor)
-        residual = (system @ solution - right).norm()
-        if bool(torch.isfinite(residual)) and residual <= 1e-6 * right.norm():
-            return solution
-    # Rank-deficient (dead units, few tokens): minimum-norm solution on the numerical range.
+    if int(info) == 0 and float(factor.diagonal().min()) ** 2 > noise:
+        return torch.cholesky_solve(right, factor) / scale
+    # Rank-deficient (dead units, few tokens): inverting the rounding noise would repair the calibration
+    # tokens with huge weights that ruin all others, so directions never seen are left alone.
     values, vectors = torch.linalg.eigh(system)
-    cutoff = values.max().clamp_min(0) * system.shape[0] * torch.finfo(values.dtype).eps
-    inverse = torch.where(values > cutoff, 1 / values, torch.zeros_like(values))
-    return vectors @ (inverse[:, None] * (vectors.t() @ right))
+    inverse = torch.where(values > noise, 1 / values, torch.zeros_like(values))
+    return vectors @ (inverse[:, None] * (vectors.t() @ right)) / scale
 
 
 def repair_damage(before_ON: torch.Tensor, after_ON: torch.Tensor, moment_NN: torch.Tensor) -> float:

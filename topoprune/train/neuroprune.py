@@ -133,7 +133,7 @@ class NeuroPruneDriver:
             fresh[site.name] = expand(solution, live, site.n_units, None)
         solved = self._clock()
         new = Plan(self.sites, solutions, request={**self.recipe.to_dict(), "step": step, "thetas": thetas})
-        # Only heads that go now are merged: those gone before hold zeros.
+        # Only heads that go now are merged: the columns of those gone before were handed over then.
         changed = merged_weights(self.model, self.sites, Plan(self.sites, fresh), self.recipe.merge, {})
         done = self._clock()
         return Decision(
