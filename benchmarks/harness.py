@@ -132,4 +132,15 @@ def write_json(path: str | os.PathLike[str], name: str, options: Options, outcom
         "environment": environment(options),
     }
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, default=float) + "\n")
+        temporary.write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values only: numpy numbers as floats, nan and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (bool, int, str)) or value is None:
+        return value
+    return float(value) if math.isfinite(float(value)) else None

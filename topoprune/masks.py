@@ -45,16 +45,20 @@ def open_handle(model: nn.Module) -> MaskHandle | None:
     return _MASKED.get(unwrap(model))
 
 
+def _family_known(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) in FAMILIES
+
+
 def fit_sites(model: nn.Module, planned: Sequence[Site]) -> tuple[Site, ...]:
     """Return the planned sites with the parameter names of this model.
 
     Raises:
         ValueError: the model lacks a site or has another shape; names the first difference.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
+    if not _family_known(model):
         check_sites(model, planned)
         return tuple(planned)
+    model_type = getattr(model.config, "model_type", None)
     include = tuple(dict.fromkeys(_INCLUDE[site.kind] for site in planned))
     found = {site.name: site for site in find_sites(model, include=include)}
     for site in planned:
@@ -115,7 +119,9 @@ def apply(
             raise ValueError(f"merge {merge!r} needs calibration=[batch, ...] (dicts of model inputs)")
         pruned = [s for s in sites if s.consumer and s.name in plan.solutions and not plan.keep(s.name).all()]
         moments = dict(collect_gram(model, pruned, calibration))
-    changed = merged_weights(model, sites, plan, merge, moments, ridge=ridge)
+    # The paper's merge writes into the FFN behind a layer's heads, which a plan on heads alone does not name.
+    around = find_sites(model) if merge == "paper" and _family_known(model) else sites
+    changed = merged_weights(model, around, plan, merge, moments, ridge=ridge)
     return MaskHandle(model, plan, sites=sites, changed=changed)
 
 
