@@ -706,3 +706,39 @@ def test_repr_says_what_is_in_force() -> None:
     assert isinstance(handle, MaskHandle) and "open" in repr(handle)
     handle.close()
     assert "closed" in repr(handle)
+
+
+def test_refresh_in_training_keeps_what_survivors_learned() -> None:
+    model = build("bert")
+    graph = extract(model, include=("heads", "neurons"))
+    dense = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first, second = solve(graph, budget=2, seed=0), solve(graph, budget=3, solver="random", seed=1)
+    handle = apply(model, first)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.attach(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = handle.masks()
+    handle.refresh(second)
+    after = handle.masks()
+    for name, parameter in model.named_parameters():
+        was, now = before.get(name), after.get(name)
+        kept_was = torch.ones_like(parameter, dtype=torch.bool) if was is None else was
+        kept_now = torch.ones_like(parameter, dtype=torch.bool) if now is None else now
+        assert bool((parameter[~kept_now] == 0).all())
+        assert torch.equal(parameter[kept_was & kept_now], trained[name][kept_was & kept_now])
+        assert torch.equal(parameter[~kept_was & kept_now], dense[name][~kept_was & kept_now])
+    handle.close(restore=False)
+
+
+def test_attach_refuses_foreign_and_repeated_optimizers() -> None:
+    model = build("bert")
+    with apply(model, random_plan(model)) as handle:
+        with pytest.raises(ValueError, match="none of this model"):
+            handle.attach(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handle.attach(optimizer)
+        with pytest.raises(ValueError, match="attached to the handle already"):
+            handle.attach(optimizer)

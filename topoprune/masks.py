@@ -23,7 +23,7 @@ from topoprune.graph import Site, structure_digest
 from topoprune.planning import Plan
 from topoprune.repair import Merge, merged_weights
 
-__all__ = ["MaskHandle", "apply", "fit_sites", "open_handle", "unwrap"]
+__all__ = ["MaskHandle", "apply", "check_optimizer", "fit_sites", "open_handle", "unwrap"]
 
 _MASKED: weakref.WeakKeyDictionary[nn.Module, MaskHandle] = weakref.WeakKeyDictionary()
 _INCLUDE = {"head": "heads", "kv_group": "heads", "neuron": "neurons", "input_dim": "input_dims"}
@@ -38,6 +38,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the optimizer trains none of the model's parameters."""
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("the optimizer has none of this model's parameters; build it from model.parameters()")
 
 
 def open_handle(model: nn.Module) -> MaskHandle | None:
@@ -282,9 +289,17 @@ class MaskHandle:
             yield parameter, parts
 
     def attach(self, optimizer: torch.optim.Optimizer) -> MaskHandle:
-        """Keep the masks through training with this optimizer (T1, T2); returns the handle."""
+        """Keep the masks through training with this optimizer (T1, T2); returns the handle.
+
+        Raises:
+            ValueError: a closed handle, an optimizer attached already, or one that trains none of
+                the model's parameters.
+        """
         self._require_open()
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
+        if any(optimizer is known for known in self._optimizers):
+            raise ValueError("this optimizer is attached to the handle already")
+        check_optimizer(self.model, optimizer)
         self.clear_optimizer_state(optimizer)
         self._optimizers.append(optimizer)
         self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self.mask_gradients()))
@@ -292,7 +307,11 @@ class MaskHandle:
         return self
 
     def refresh(self, plan: Plan) -> None:
-        """Replace the plan: weights return from the stash (if there is one), new ones go to zero.
+        """Replace the plan.
+
+        Without an attached optimizer everything returns to its original value first (a merge is
+        undone with its plan). In training, survivors keep what they have learned, and only
+        entries that are no longer masked return from the stash. New masks go to zero.
 
         Raises:
             ValueError: a plan of another model; nothing is changed then.
@@ -301,20 +320,29 @@ class MaskHandle:
         _check_edges(self.model, fit_sites(self.model, plan.sites), plan)
         if structure_digest(plan.sites) != structure_digest(self.sites):
             raise ValueError("refresh(plan) needs a plan over the same sites as the one in force")
-        before, self.plan = self.plan, plan
-        try:
-            masks = self._build(plan)
-        except Exception:
-            self.plan = before
-            raise
+        masks = self._build(plan)
+        kept_before = self.masks() if self._stash is not None and self._optimizers else {}
+        self.plan, self._masks = plan, masks
         if self._stash is not None:
-            self._restore()
+            if self._optimizers:
+                self._return_unmasked(kept_before)
+            else:
+                self._restore()
             for name in masks:
                 self._stash_one(name)
-        self._masks = masks
         self.enforce()
         for optimizer in self._optimizers:
             self.clear_optimizer_state(optimizer)
+
+    @torch.no_grad()
+    def _return_unmasked(self, kept_before: Mapping[str, torch.Tensor]) -> None:
+        """Bring back from the stash what was masked until now and is masked no longer."""
+        assert self._stash is not None
+        kept_now = self.masks()
+        for name, keep in kept_before.items():
+            back = ~keep & kept_now.get(name, torch.ones_like(keep))
+            parameter = self.model.get_parameter(name)
+            parameter.copy_(torch.where(back, self._stash[name].to(parameter.device), parameter))
 
     @torch.no_grad()
     def _restore(self) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from topoprune.architectures import find_sites
 from topoprune.extraction import check_finite, named_tensors
 from topoprune.graph import Site, structure_digest
-from topoprune.masks import MaskHandle, open_handle, unwrap
+from topoprune.masks import MaskHandle, check_optimizer, open_handle, unwrap
 from topoprune.planning import Plan
 from topoprune.sparsity import Sparsity, measure_sparsity
 from topoprune.train.budget import BudgetDriver
@@ -124,9 +124,7 @@ class Pruner:
         if self._optimizer is not None:
             raise ValueError("this Pruner is attached to an optimizer already; make a new one")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
-        own = {id(parameter) for parameter in self.model.parameters()}
-        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError("the optimizer has none of this model's parameters; build it from model.parameters()")
+        check_optimizer(self.model, optimizer)
         self._optimizer = optimizer
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
