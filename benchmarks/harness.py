@@ -86,7 +86,15 @@ def environment(options: Options) -> dict[str, Any]:
     found["torch"] = torch.__version__
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
+    status = [
+        *git,
+        "status",
+        "--porcelain",
+        "--",
+        ":/",
+        ":(exclude,top)benchmarks/results",
+    ]  # results do not change code
+    dirty = subprocess.run(status, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "cpu"
     return {
         "commit": (commit or "unknown") + ("+changes" if dirty else ""),

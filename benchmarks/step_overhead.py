@@ -45,7 +45,7 @@ def specs(options: Options) -> list[Spec]:
         return [Spec("minilm", MINILM, 32, 64, 12)]
     if options.device.startswith("cuda"):
         return [Spec("bert_base", BASE, 32, 128, 300), Spec("minilm", MINILM, 32, 64, 300)]
-    return [Spec("minilm", MINILM, 32, 64, 120), Spec("bert_base", BASE, 8, 128, 120)]
+    return [Spec("minilm", MINILM, 32, 64, 96), Spec("bert_base", BASE, 8, 128, 48)]
 
 
 def run(options: Options) -> Outcome:
