@@ -599,7 +599,9 @@ def test_weights_outside_the_plan_may_change() -> None:
     plan = solve(extract(model), budget=2)
     with torch.no_grad():
         model.classifier.weight.add_(1.0)
-    apply(model, plan).close()
+    with apply(model, plan) as handle:
+        assert not handle.closed
+    assert handle.closed
 
 
 def test_a_masked_model_is_not_masked_again() -> None:
