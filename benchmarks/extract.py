@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -189,6 +191,8 @@ def _median_ratio(ours: list[float], bare: list[float]) -> float:
 def _peak(work: Callable[[], Any], options: Options) -> float:
     """Return the peak extra memory of a call in MiB: allocator on CUDA, resident set on CPU."""
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # else the call reuses freed pages and seems to need none
     if options.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -21,7 +21,7 @@ from benchmarks.harness import Figure, Options, Outcome, percentile_interval
 from topoprune import Pruner, Recipe
 
 HOOKS, FROZEN, AMORTISED = 1.03, 1.02, 1.05
-DECISIONS = 6
+DECISIONS = 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def specs(options: Options) -> list[Spec]:
         return [Spec("minilm", MINILM, 32, 64, 12)]
     if options.device.startswith("cuda"):
         return [Spec("bert_base", BASE, 32, 128, 300), Spec("minilm", MINILM, 32, 64, 300)]
-    return [Spec("minilm", MINILM, 32, 64, 96), Spec("bert_base", BASE, 8, 128, 48)]
+    return [Spec("minilm", MINILM, 32, 64, 60), Spec("bert_base", BASE, 8, 128, 40)]
 
 
 def run(options: Options) -> Outcome:
@@ -56,6 +56,7 @@ def run(options: Options) -> Outcome:
     correct = True
     for spec in specs(options):
         for name in ("neuroprune", "budget"):
+            print(f"{spec.key} {name}: {spec.steps} pairs of steps", flush=True)
             row, fine = _measure(spec, name, options)
             correct &= fine
             rows.append(row)

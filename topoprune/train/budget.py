@@ -279,12 +279,18 @@ def _group_norms(model: nn.Module, site: Site) -> np.ndarray:
 
 
 def _relative_degree(model: nn.Module, site: Site) -> np.ndarray:
-    """Return (n,) the share of each unit's matrix entries at or above the median of their tensor."""
+    """Return (n,) the share of each unit's matrix entries at or above the median of their tensor.
+
+    The median is that of at most 65,536 evenly spaced entries: sorting millions at every decision
+    would cost more than all the rest of it.
+    """
     linked, entries = torch.zeros(site.n_units), 0
     pieces = {(p.param, p.axis): p for p in site.slices if len(p.shape) == 2}
     for name, axis in pieces:
-        tensor = row_view(model.get_parameter(name).detach(), axis).abs().float()
-        linked += (tensor >= tensor.median()).sum(dim=1).cpu()
+        tensor = row_view(model.get_parameter(name).detach(), axis).float().abs()
+        flat = tensor.reshape(-1)
+        middle = flat[:: max(1, flat.numel() // 65536)].median()
+        linked += tensor.ge_(middle).sum(dim=1).cpu()
         entries += tensor.shape[1]
     return (linked / max(entries, 1)).double().numpy()
 

@@ -122,7 +122,7 @@ def prox_group_sqrt(parts: Parts, strength: float, *, max_iterations: int = 20, 
     A minimiser is 0 or a soft-thresholded row with the smallest root t of
     ``2 t sqrt(s(t)) = strength``, s(t) = sum_j max(|a_j| - t, 0). The fixed point
     t <- strength / (2 sqrt(s(t))) rises to that root from t = strength / (2 sqrt(s(0))),
-    usually within float precision after one or two passes; rows still moving afterwards, near
+    at training strengths within float precision after one pass; rows still moving afterwards, near
     the point of collapse, are solved by sorting (`prox_group_sqrt_by_sorting`). The
     winner against 0 is decided by the objective.
 
@@ -140,14 +140,18 @@ def prox_group_sqrt(parts: Parts, strength: float, *, max_iterations: int = 20, 
     for part in magnitude[1:]:
         total += part.sum(dim=1, dtype=torch.float32)
     limit = _step(total, strength)
+    entries = sum(part.shape[1] for part in parts)
     few = max(8, limit.numel() // 64)  # sorting that many rows is cheaper than another pass over all
     for _ in range(max_iterations):
         mass = _mass_above(magnitude, limit, scratch)
         new = _step(mass, strength)
-        settled = ((new - limit).abs() <= 1e-6 * limit) & (mass > 0)
+        # The map contracts by at most this rate near the root, so the new value is off by at most
+        # rate * |step|: no further pass is needed to know that it is exact to float precision.
+        rate = strength * entries / (4 * mass * mass.sqrt())
+        settled = (rate < 0.25) & (2 * rate * (new - limit).abs() <= 1e-6 * new)
+        limit = new
         if int((~settled).sum()) <= few:
             break
-        limit = torch.where(settled, limit, new)
     _finish(parts, magnitude, limit, mass, settled, strength, scratch)
 
 
@@ -180,8 +184,9 @@ def _finish(
         limit[open_rows] = _threshold_by_sorting(joined, strength).to(limit.dtype)
     # f(x) - f(0) = strength sqrt(s) - sum over the active of (a^2 - t^2) / 2. By Cauchy-Schwarz it
     # is negative once s^1.5 >= strength * E, so only the other rows need the exact comparison.
+    # (1.01: the mass is that at the threshold before the last step.)
     entries = sum(part.shape[1] for part in magnitude)
-    near = torch.nonzero(settled & (mass * mass.sqrt() < strength * entries)).flatten()
+    near = torch.nonzero(settled & (mass * mass.sqrt() < 1.01 * strength * entries)).flatten()
     if near.numel():
         joined = torch.cat([m[near] for m in magnitude], dim=1)
         worth = _beats_zero(joined, limit[near], strength)
