@@ -37,7 +37,7 @@ def run(options: Options) -> Outcome:
     """Measure on random weights; correctness first, on a small slice."""
     from transformers import BertConfig, BertModel
 
-    layers, repeats = (2, 3) if options.quick else (12, 7)
+    layers, repeats = (2, 3) if options.quick else (12, 5)
     torch.manual_seed(options.seed)
     model = BertModel(BertConfig(**BASE, num_hidden_layers=layers)).to(options.device).eval()
     generator = torch.Generator().manual_seed(options.seed)
