@@ -52,7 +52,9 @@ def main() -> int:
         print(note)
     print(table(outcome.figures))
     print("correct" if outcome.correct else "NOT CORRECT: the figures above mean nothing")
-    if arguments.json:
+    if arguments.json and not outcome.figures:
+        print(f"nothing was measured: {arguments.json} is not written")
+    elif arguments.json:
         write_json(arguments.json, arguments.name, options, outcome)
         print(f"written to {arguments.json}")
     return 0 if outcome.correct else 1
