@@ -44,7 +44,7 @@ class Figure:
         """Whether the target is met; None without a target."""
         if self.target is None or math.isnan(self.value):
             return None if self.target is None else False
-        return self.value <= self.target if self.better == "lower" else self.value >= self.target
+        return bool(self.value <= self.target if self.better == "lower" else self.value >= self.target)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "met": self.met}
@@ -151,4 +151,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, (bool, int, str)) or value is None:
         return value
+    if isinstance(value, np.bool_):
+        return bool(value)
     return float(value) if math.isfinite(float(value)) else None

@@ -42,7 +42,7 @@ BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, inter
 def specs(options: Options) -> list[Spec]:
     """Return the shapes to run."""
     if options.quick:
-        return [Spec("minilm", MINILM, 32, 64, 12)]
+        return [Spec("minilm", MINILM, 32, 64, 8)]
     if options.device.startswith("cuda"):
         return [Spec("bert_base", BASE, 32, 128, 300), Spec("minilm", MINILM, 32, 64, 300)]
     return [Spec("minilm", MINILM, 32, 64, 60), Spec("bert_base", BASE, 8, 128, 40)]
