@@ -1,25 +1,19 @@
-"""Import every built-in algorithm module; each registers its solvers when imported."""
+"""Import every module of the problem packages; each registers its solvers when imported."""
 
 from __future__ import annotations
 
-from topoprune_solvers import (  # noqa: F401
-    baselines,
-    brute,
-    cp_sat,
-    edge_baselines,
-    edge_brute,
-    edge_cp_sat,
-    edge_dp,
-    edge_greedy,
-    edge_min_cost_flow,
-    exact,
-    facility_location,
-    facility_location_exact,
-    greedy,
-    k_centre,
-    k_centre_exact,
-    milp,
-    neuroprune,
-)
+import pkgutil
+from importlib import import_module
 
-__all__: list[str] = []
+__all__ = ["PACKAGES", "import_all"]
+
+PACKAGES = ("domination", "budgeted", "quadratic", "edges", "knapsack")
+
+
+def import_all() -> None:
+    """Import all algorithm modules. Heavy libraries stay unloaded: the modules import them inside functions."""
+    for package in PACKAGES:
+        home = import_module(f"topoprune_solvers.{package}")
+        for module in pkgutil.iter_modules(home.__path__):
+            if not module.name.endswith("_kernels"):
+                import_module(f"{home.__name__}.{module.name}")

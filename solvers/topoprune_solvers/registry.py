@@ -26,8 +26,9 @@ ENTRY_POINT_GROUP = "topoprune.solvers"
 
 @cache
 def _load() -> None:
-    import topoprune_solvers.builtin  # noqa: F401  (registers the built-in solvers)
+    from topoprune_solvers.builtin import import_all
 
+    import_all()
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         register(entry.load()())
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +16,52 @@ import numpy as np
 from topoprune_solvers.solution import Bound, Solution, Status
 from topoprune_solvers.verify import dominators
 
-__all__ = ["NEVER", "Deadline", "check_start", "fill_up", "unit_solution"]
+__all__ = [
+    "NEVER",
+    "Deadline",
+    "baseline_order",
+    "check_start",
+    "fill_up",
+    "interruptible",
+    "stopped_status",
+    "unit_solution",
+]
+
+
+_INTERRUPTED = threading.Event()
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a request to stop: running solvers return their incumbent.
+
+    Every `Deadline` has passed from then on, also for solves that start later in the block. A second
+    Ctrl-C raises KeyboardInterrupt. Outside the main thread nothing is installed.
+
+    Yields:
+        The event; ``is_set()`` says whether the user asked to stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield _INTERRUPTED
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(signum: int, frame: Any) -> None:
+        if _INTERRUPTED.is_set():
+            raise KeyboardInterrupt
+        _INTERRUPTED.set()
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield _INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _INTERRUPTED.clear()
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """A point in time on the monotonic clock, or never.
+    """A point in time on the monotonic clock, or never; a Ctrl-C inside `interruptible` passes every deadline.
 
     >>> Deadline.after(None).passed()
     False
@@ -43,11 +86,11 @@ class Deadline:
 
     def remaining(self) -> float:
         """Return the seconds left, >= 0; inf if there is no limit."""
-        return max(0.0, self.at - time.perf_counter())
+        return 0.0 if _INTERRUPTED.is_set() else max(0.0, self.at - time.perf_counter())
 
     def passed(self) -> bool:
         """Return True once the time is up."""
-        return time.perf_counter() >= self.at
+        return _INTERRUPTED.is_set() or time.perf_counter() >= self.at
 
 
 NEVER = Deadline()
@@ -67,6 +110,18 @@ def check_start(problem: Any, warm_start: Any) -> np.ndarray | None:
     start |= problem.forced
     start &= ~problem.forbidden
     return start
+
+
+def stopped_status() -> Status:
+    """Return INTERRUPTED after a Ctrl-C inside `interruptible`, else TIME_LIMIT."""
+    return Status.INTERRUPTED if _INTERRUPTED.is_set() else Status.TIME_LIMIT
+
+
+def baseline_order(name: str, score: np.ndarray, seed: int) -> np.ndarray:
+    """Return the (n,) order of a baseline: ``"random"``, a seeded permutation; else by descending score."""
+    if name == "random":
+        return np.random.default_rng(seed).permutation(score.size)
+    return np.argsort(-score, kind="stable")
 
 
 def fill_up(problem: Any, keep: np.ndarray) -> np.ndarray:
@@ -105,7 +160,7 @@ def unit_solution(
     """
     objective = problem.objective(keep)
     dominator, distance = dominators(problem, keep)
-    status = Status.TIME_LIMIT if timed_out else Status.FEASIBLE
+    status = stopped_status() if timed_out else Status.FEASIBLE
     if bound is not None:
         value = float(bound.value)
         apart = 0.0 if value == objective else abs(objective - value)

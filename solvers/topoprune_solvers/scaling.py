@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from topoprune_solvers.covering import is_integral
-
-__all__ = ["IntegerCosts", "integer_costs"]
+__all__ = ["IntegerCosts", "integer_costs", "is_integral"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,3 +54,8 @@ def integer_costs(cost: np.ndarray) -> IntegerCosts:
     # floor, not round: keeps the bound below the true optimum
     values = np.floor(scaled).astype(np.int64)
     return IntegerCosts(values, math.ldexp(1.0, -exponent), bool(np.all(values == scaled)))
+
+
+def is_integral(cost: np.ndarray) -> bool:
+    """Return True if all costs are integers whose sum a float64 holds exactly, so bounds may be rounded up."""
+    return bool(cost.size == 0 or (np.all(cost == np.floor(cost)) and cost.sum() < 2.0**53))

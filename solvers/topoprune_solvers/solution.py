@@ -30,6 +30,7 @@ class Status(Enum):
     OPTIMAL = "optimal: the objective equals a proven bound"
     FEASIBLE = "feasible: a valid solution, not proven optimal"
     TIME_LIMIT = "time limit: the best valid solution found in time"
+    INTERRUPTED = "interrupted: the best valid solution found until Ctrl-C"
     FAILED = "the native solver failed: the warm start is returned"
 
 

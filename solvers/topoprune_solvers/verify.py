@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from topoprune_solvers.problems import BudgetedDomination, DominatingSet, EdgeSelection, SoftDomination
+from topoprune_solvers.problems import UnitProblem
 from topoprune_solvers.solution import Solution, Status
 
 __all__ = ["InvalidSolution", "dominators", "verify"]
@@ -60,17 +60,9 @@ def verify(problem: Any, solution: Solution) -> None:
     keep = solution.keep
     _require(keep.shape == (problem.n,), f"keep has shape {keep.shape}, expected ({problem.n},)")
     _require(solution.sense == problem.sense, f"sense {solution.sense!r}, expected {problem.sense!r}")
-    if isinstance(problem, EdgeSelection):
-        _check_edges(problem, keep)
-    else:
-        assert problem.forced is not None and problem.forbidden is not None
-        _require(not np.any(problem.forced & ~keep), "a forced unit was pruned")
-        _require(not np.any(problem.forbidden & keep), "a forbidden unit was kept")
-        if isinstance(problem, DominatingSet):
-            bare = np.flatnonzero(~problem.covered(keep))
-            _require(bare.size == 0, f"units {bare.tolist()[:10]} are not covered")
-        elif isinstance(problem, (BudgetedDomination, SoftDomination)):
-            _require(int(keep.sum()) == problem.k, f"{int(keep.sum())} units kept, expected exactly {problem.k}")
+    wrong = problem.violation(keep)
+    _require(wrong is None, wrong or "")
+    if isinstance(problem, UnitProblem):
         _check_dominators(problem, solution)
     true = problem.objective(keep)
     _require(_close(true, solution.objective), f"objective {solution.objective!r}, recomputed {true!r}")
@@ -94,18 +86,3 @@ def _check_dominators(problem: Any, solution: Solution) -> None:
     expected, distance = dominators(problem, solution.keep)
     _require(np.array_equal(expected, solution.dominator), "a dominator is not the nearest kept neighbour")  # type: ignore[arg-type]
     _require(np.array_equal(distance, solution.dominator_distance), "a dominator distance is wrong")  # type: ignore[arg-type]
-
-
-def _check_edges(problem: EdgeSelection, keep: np.ndarray) -> None:
-    mask = keep.reshape(problem.shape)
-    _require(int(mask.sum()) == problem.k, f"{int(mask.sum())} edges kept, expected exactly {problem.k}")
-    _require(problem.allowed is None or not np.any(mask & ~problem.allowed), "an edge that is not allowed was kept")
-    for axis, low, high, side in (
-        (1, problem.row_min, problem.row_max, "row"),
-        (0, problem.col_min, problem.col_max, "column"),
-    ):
-        degree = mask.sum(axis=axis)
-        if low is not None:
-            _require(bool(np.all(degree >= low)), f"a {side} has too few edges")
-        if high is not None:
-            _require(bool(np.all(degree <= high)), f"a {side} has too many edges")

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topoprune_solvers import DominatingSet, Infeasible, Status, available_solvers, get_solver, solve
-from topoprune_solvers.covering import Cover, cover_of
-from topoprune_solvers.dual_ascent import dual_ascent_bound
-from topoprune_solvers.exact import minimum_cover
-from topoprune_solvers.greedy import greedy_cover
-from topoprune_solvers.lagrangian import lagrangian_bound
-from topoprune_solvers.neuroprune import neuroprune_as_printed, neuroprune_set
+from topoprune_solvers.domination.covering import Cover, cover_of
+from topoprune_solvers.domination.dual_ascent import dual_ascent_bound
+from topoprune_solvers.domination.exact import minimum_cover
+from topoprune_solvers.domination.greedy import greedy_cover
+from topoprune_solvers.domination.lagrangian import lagrangian_bound
+from topoprune_solvers.domination.neuroprune import neuroprune_as_printed, neuroprune_set
 from topoprune_solvers.scaling import integer_costs
 
 SOLVERS = available_solvers(DominatingSet)

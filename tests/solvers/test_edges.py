@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from topoprune_solvers import EdgeSelection, Infeasible, available_solvers, get_solver, solve
-from topoprune_solvers.edge_common import bounded_sides, select_edges, top_edges
-from topoprune_solvers.edge_lagrangian import budget_price, row_values
+from topoprune_solvers.edges.common import bounded_sides, select_edges, top_edges
+from topoprune_solvers.edges.lagrangian import budget_price, row_values
 from topoprune_solvers.solution import Status
 
 SOLVERS = available_solvers(EdgeSelection)

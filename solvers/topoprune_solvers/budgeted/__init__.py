@@ -1,0 +1,1 @@
+"""Algorithms for exactly k units (problem B)."""

@@ -1,0 +1,41 @@
+"""Numba where it is installed: kernels are written once and compiled on first use.
+
+Modules named ``*_kernels.py`` hold loops over arrays decorated with `kernel`. They are imported inside the
+function that runs them, after asking `enabled`, so that importing topoprune_solvers stays quick. Where numba
+is missing, numpy or Python code with the same answers runs instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+__all__ = ["VARIABLE", "enabled", "kernel"]
+
+VARIABLE = "TOPOPRUNE_NUMBA"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("numba") is not None
+
+
+def enabled() -> bool:
+    """Return True if kernels are compiled: numba is installed and the environment does not set TOPOPRUNE_NUMBA=0."""
+    return _installed() and os.environ.get(VARIABLE, "1") != "0"
+
+
+def kernel(function: Function) -> Function:
+    """Compile a function with numba, cached on disk, without the interpreter lock; left as it is without numba.
+
+    The uncompiled function stays callable for tests: as ``.py_func`` of the compiled one.
+    """
+    if not _installed():
+        return function
+    from numba import njit
+
+    return njit(cache=True, nogil=True)(function)  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Algorithms for dominating sets (problem A), on set-cover instances."""

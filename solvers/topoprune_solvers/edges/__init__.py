@@ -1,0 +1,1 @@
+"""Algorithms for edge selection (problem D)."""

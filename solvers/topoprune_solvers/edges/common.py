@@ -1,0 +1,186 @@
+"""What the edge solvers share: sorting with degree bounds, a checked warm start, a finished Solution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from topoprune_solvers.problems import EdgeSelection
+from topoprune_solvers.result import stopped_status
+from topoprune_solvers.solution import Bound, Solution, Status
+
+__all__ = [
+    "bounded_sides",
+    "candidate_value",
+    "column_limits",
+    "degrees_allowed",
+    "edge_solution",
+    "edge_start",
+    "only_selection",
+    "row_limits",
+    "select_edges",
+    "top_edges",
+]
+
+Side = Literal["row", "column"]
+PROVEN = 1e-9  # relative distance of objective and bound that counts as equal: summation order
+
+
+def bounded_sides(problem: EdgeSelection) -> tuple[Side, ...]:
+    """Return the sides whose degree bounds can bind: (), ("row",), ("column",) or both."""
+    sides: list[Side] = []
+    if _binds(problem.row_min, problem.row_max, _available(problem, 1)):
+        sides.append("row")
+    if _binds(problem.col_min, problem.col_max, _available(problem, 0)):
+        sides.append("column")
+    return tuple(sides)
+
+
+def _binds(low: np.ndarray | None, high: np.ndarray | None, available: np.ndarray) -> bool:
+    return (low is not None and bool(np.any(low > 0))) or (high is not None and bool(np.any(high < available)))
+
+
+def _available(problem: EdgeSelection, axis: int) -> np.ndarray:
+    # Edges that may stay in each row (axis 1) or column (axis 0).
+    if problem.allowed is None:
+        return np.full(problem.shape[1 - axis], problem.shape[axis], dtype=np.int64)
+    return problem.allowed.sum(axis=axis)
+
+
+def row_limits(problem: EdgeSelection) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n_rows,) smallest and largest degree of each row; 0 and the allowed edges where unbounded."""
+    available = _available(problem, 1)
+    low = np.zeros_like(available) if problem.row_min is None else problem.row_min
+    return low, available if problem.row_max is None else problem.row_max
+
+
+def column_limits(problem: EdgeSelection) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n_cols,) smallest and largest degree of each column, as `row_limits` does."""
+    available = _available(problem, 0)
+    low = np.zeros_like(available) if problem.col_min is None else problem.col_min
+    return low, available if problem.col_max is None else problem.col_max
+
+
+def candidate_value(problem: EdgeSelection, value: np.ndarray) -> np.ndarray:
+    """Return (n_rows, n_cols) `value` with -inf at the edges that are not allowed."""
+    return value if problem.allowed is None else np.where(problem.allowed, value, -np.inf)
+
+
+def degrees_allowed(problem: EdgeSelection, mask: np.ndarray) -> bool:
+    """Return True if an (n_rows, n_cols) mask has k allowed edges and meets all degree bounds."""
+    if int(mask.sum()) != problem.k or (problem.allowed is not None and np.any(mask & ~problem.allowed)):
+        return False
+    for axis, low, high in ((1, problem.row_min, problem.row_max), (0, problem.col_min, problem.col_max)):
+        degree = mask.sum(axis=axis)
+        if (low is not None and np.any(degree < low)) or (high is not None and np.any(degree > high)):
+            return False
+    return True
+
+
+def top_edges(value: np.ndarray, k: int) -> np.ndarray:
+    """Return the mask of the k largest entries of an array of any shape; ties to the lower flat index.
+
+    Complexity: O(n), by partition.
+
+    >>> top_edges(np.array([[1.0, 2.0], [2.0, 2.0]]), 2).tolist()
+    [[False, True], [True, False]]
+    """
+    flat = value.reshape(-1)
+    if k == 0:
+        return np.zeros(value.shape, dtype=bool)
+    threshold = np.partition(flat, flat.size - k)[flat.size - k]
+    mask = flat > threshold
+    mask[np.flatnonzero(flat == threshold)[: k - int(mask.sum())]] = True
+    return mask.reshape(value.shape)
+
+
+def select_edges(problem: EdgeSelection, value: np.ndarray) -> np.ndarray:
+    """Return the mask that maximises the sum of `value` under the budget and the bounds of one side.
+
+    Exact: the bounds of one side and the budget form a laminar family, for which taking every
+    line's best `min` edges and then the best of the rest (up to each line's `max`) is optimal.
+
+    Args:
+        problem: k and bounds; at most one side bounded.
+        value: (n_rows, n_cols) float64 of any sign, e.g. re-weighted scores; what is not
+            allowed is left out here.
+
+    Complexity: O(n) without bounds, O(n log n) with.
+    """
+    sides = bounded_sides(problem)
+    assert len(sides) < 2, "one bounded side at most"
+    value = candidate_value(problem, value)
+    if not sides:
+        return top_edges(value, problem.k)
+    axis = 1 if sides[0] == "row" else 0
+    low, high = row_limits(problem) if axis == 1 else column_limits(problem)
+    order = np.argsort(-value, axis=axis, kind="stable")
+    rank = np.empty_like(order)
+    places = np.arange(value.shape[axis])
+    np.put_along_axis(rank, order, places[None, :] if axis == 1 else places[:, None], axis=axis)
+    forced = rank < np.expand_dims(low, axis)
+    eligible = ~forced & (rank < np.expand_dims(high, axis))
+    return forced | top_edges(np.where(eligible, value, -np.inf), problem.k - int(forced.sum()))
+
+
+def only_selection(problem: EdgeSelection) -> np.ndarray | None:
+    """Return the flat mask where k allows just one (no edge, or all that may stay), else None."""
+    everything = np.ones(problem.n, dtype=bool) if problem.allowed is None else problem.allowed.reshape(-1)
+    if problem.k == 0:
+        return np.zeros(problem.n, dtype=bool)
+    return everything if problem.k == int(everything.sum()) else None
+
+
+def edge_start(problem: EdgeSelection, warm_start: Any) -> np.ndarray | None:
+    """Return a warm start as an (n_rows, n_cols) mask; None if there is none or it breaks k or a bound.
+
+    Raises:
+        ValueError: a mask of another size, e.g. from another layer.
+    """
+    if warm_start is None:
+        return None
+    start = np.asarray(warm_start, dtype=bool)
+    if start.size != problem.n:
+        raise ValueError(f"warm_start has {start.size} entries, expected {problem.n}: an edge mask of this problem")
+    start = start.reshape(problem.shape)
+    return start if degrees_allowed(problem, start) else None
+
+
+def edge_solution(
+    problem: EdgeSelection,
+    keep: np.ndarray,
+    solver: str,
+    *,
+    bound: Bound | None = None,
+    timed_out: bool = False,
+    stats: Mapping[str, Any] | None = None,
+) -> Solution:
+    """Build the Solution of a mask (flat or not): objective and the status the bound allows."""
+    keep = keep.reshape(-1)
+    objective = problem.objective(keep)
+    status = stopped_status() if timed_out else Status.FEASIBLE
+    if bound is not None:
+        # A bound below a known objective is rounding: the optimum cannot be beyond it.
+        bound = Bound(max(float(bound.value), objective), bound.source)
+        # The two parts of the objective may cancel, so the scale is that of its parts.
+        degree_part = problem.attachment * float(np.abs(problem.degree_cost(_degrees(problem, keep))).sum())
+        scale = max(abs(objective), float(problem.score.reshape(-1)[keep].sum()) + degree_part)
+        if math.isfinite(scale) and bound.value - objective <= PROVEN * scale:
+            status = Status.OPTIMAL
+            bound = Bound(objective, bound.source)
+    return Solution(
+        keep=keep,
+        objective=objective,
+        sense=problem.sense,
+        status=status,
+        solver=solver,
+        bound=bound,
+        stats={} if stats is None else dict(stats),
+    )
+
+
+def _degrees(problem: EdgeSelection, keep: np.ndarray) -> np.ndarray:
+    return keep.reshape(problem.shape).sum(axis=1)

@@ -1,0 +1,1 @@
+"""Algorithms for layer budgets (problem E)."""

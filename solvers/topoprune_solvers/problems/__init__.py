@@ -1,0 +1,25 @@
+"""The decisions a pruning engine asks for, as plain arrays: no model, no torch.
+
+======================  =========================================================
+`DominatingSet`         A: the cheapest set of units that covers every unit
+`BudgetedDomination`    B: exactly k units, smallest distance to the nearest kept one
+`SoftDomination`        B: exactly k units, most importance explained by the kept ones
+`EdgeSelection`         D: exactly k weight edges, attachment-weighted
+======================  =========================================================
+
+Problems are frozen and checked on construction; arrays are read-only. A problem without
+any solution raises `Infeasible` on construction where that can be seen in linear time.
+Every problem has ``n`` (length of a keep mask), ``sense``, ``objective(keep)`` and
+``violation(keep)``; that is all the checker needs.
+"""
+
+from __future__ import annotations
+
+from topoprune_solvers.problems.budgeted import BudgetedDomination, SoftDomination
+from topoprune_solvers.problems.dominating import DominatingSet
+from topoprune_solvers.problems.edges import EdgeSelection
+from topoprune_solvers.problems.units import UnitProblem
+
+__all__ = ["BudgetedDomination", "DominatingSet", "EdgeSelection", "Problem", "SoftDomination", "UnitProblem"]
+
+Problem = DominatingSet | BudgetedDomination | SoftDomination | EdgeSelection

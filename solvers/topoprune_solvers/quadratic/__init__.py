@@ -1,0 +1,1 @@
+"""Algorithms for quadratic subsets (problem C)."""
