@@ -22,6 +22,8 @@ class Capabilities:
         requires: importable modules it needs.
         max_units: largest instance it accepts, or None.
         reference: where the algorithm comes from.
+        when: one short sentence for the solver table: when to use it.
+        lacks: features of the problem type it refuses with a ValueError, e.g. ``"demand"``, ``"column bounds"``.
     """
 
     problem: type
@@ -31,6 +33,8 @@ class Capabilities:
     requires: tuple[str, ...] = ()
     max_units: int | None = None
     reference: str = ""
+    when: str = ""
+    lacks: tuple[str, ...] = ()
 
 
 @runtime_checkable
