@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from topoprune.architectures import find_sites, register_family
+    from topoprune.comparison import Comparison, compare
     from topoprune.extraction import extract
     from topoprune.graph import BipartiteGraph, Graph, ModelGraph, Site, TensorSlice
     from topoprune.masks import MaskHandle, apply
-    from topoprune.planning import Comparison, Plan, compare, solve
+    from topoprune.planning import Plan, solve
     from topoprune.sparsity import Sparsity, connectivity_sd, measure_sparsity
     from topoprune.train import Pruner, Recipe, TopoPruneCallback
 
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BipartiteGraph": "graph",
-    "Comparison": "planning",
+    "Comparison": "comparison",
     "Graph": "graph",
     "MaskHandle": "masks",
     "ModelGraph": "graph",
@@ -35,7 +36,7 @@ _HOME = {
     "TensorSlice": "graph",
     "TopoPruneCallback": "train",
     "apply": "masks",
-    "compare": "planning",
+    "compare": "comparison",
     "connectivity_sd": "sparsity",
     "extract": "extraction",
     "find_sites": "architectures",
