@@ -15,6 +15,7 @@ BENCHMARKS = {
     "step_overhead": "what pruning adds to a training step: masks, penalties, re-solves",
     "extract": "similarity graphs against the bare matrix products they need",
     "head_solve": "every dominating-set solver on all head graphs of a model: size, gap, ms",
+    "layer_budget": "one choice per layer under two budgets: certified gap and seconds of every solver",
     "quality_lm": "stories260k: loss after one-shot pruning, ours against baselines",
     "quality_glue": "MiniLM on SST-2 and MRPC: dense, NeuroPrune and budget side by side",
 }

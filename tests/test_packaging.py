@@ -40,8 +40,10 @@ PUBLIC = [
     "extract",
     "find_sites",
     "measure_sparsity",
+    "read_graph",
     "register_family",
     "solve",
+    "write_graph",
 ]
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from topoprune.comparison import Comparison, compare
     from topoprune.extraction import extract
     from topoprune.graph import BipartiteGraph, Graph, ModelGraph, Site, TensorSlice
+    from topoprune.graph_files import read_graph, write_graph
     from topoprune.masks import MaskHandle, apply
     from topoprune.planning import Plan, solve
     from topoprune.sparsity import Sparsity, connectivity_sd, measure_sparsity
@@ -41,8 +42,10 @@ _HOME = {
     "extract": "extraction",
     "find_sites": "architectures",
     "measure_sparsity": "sparsity",
+    "read_graph": "graph_files",
     "register_family": "architectures",
     "solve": "planning",
+    "write_graph": "graph_files",
 }
 
 __all__ = [
@@ -64,8 +67,10 @@ __all__ = [
     "extract",
     "find_sites",
     "measure_sparsity",
+    "read_graph",
     "register_family",
     "solve",
+    "write_graph",
 ]
 
 

@@ -2,112 +2,190 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
-from topoprune.graph import ModelGraph
+from topoprune.comparison_table import Comparison, best_bounds, solver_row
+from topoprune.graph import Graph, ModelGraph
 from topoprune.planning import Plan, solve
-from topoprune_solvers import (
-    Bound,
-    BudgetedDomination,
-    DominatingSet,
-    EdgeSelection,
-    SoftDomination,
-    Solver,
-    available_solvers,
-    best_bound,
-    get_solver,
-    relative_gap,
-)
+from topoprune_solvers import Capabilities, Solution, Solver, available_solvers, get_solver, solver_names
+from topoprune_solvers.registry import install_hint
+from topoprune_solvers.result import interruptible
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "complete_request"]
+
+Progress = Callable[[str, int, int], None]
+_SITE_KINDS = {"heads": ("head", "kv_group"), "neurons": ("neuron",), "graph": ("node",)}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Solvers side by side on the same problems.
-
-    Args:
-        rows: one dict a solver: solver, kept, units, objective, bound, gap, seconds, status, error.
-    """
-
-    rows: tuple[Mapping[str, Any], ...]
-
-    def __str__(self) -> str:
-        head = f"{'solver':14} {'kept':>13} {'objective':>12} {'bound':>12} {'gap':>8} {'ms':>10}  status"
-        lines = [head]
-        for row in self.rows:
-            if row["error"]:
-                lines.append(f"{row['solver']:14} {row['error']}")
-                continue
-            bound = "-" if row["bound"] is None else f"{row['bound']:.5g}"
-            gap = "-" if math.isnan(row["gap"]) else f"{row['gap']:.2%}"
-            kept = f"{row['kept']}/{row['units']}"
-            lines.append(
-                f"{row['solver']:14} {kept:>13} {row['objective']:12.5g} {bound:>12} {gap:>8} "
-                f"{1e3 * row['seconds']:10.2f}  {row['status']}"
-            )
-        return "\n".join(lines)
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Return JSON-ready rows."""
-        return [dict(row) for row in self.rows]
-
-
-def compare(graph: ModelGraph, solvers: Sequence[str | Solver] | None = None, **request: Any) -> Comparison:
+def compare(
+    graph: ModelGraph | Graph,
+    solvers: Sequence[str | Solver] | None = None,
+    *,
+    progress: Progress | None = None,
+    **request: Any,
+) -> Comparison:
     """Solve the same problems with several solvers; sums over sites, worst gap.
 
     The bound of a site is the best that any of the solvers proved, so a heuristic without a
-    bound of its own is measured too.
+    bound of its own is measured too. The first Ctrl-C makes the running solver return its incumbent and
+    leaves out the solvers after it; a second one raises KeyboardInterrupt.
 
     Args:
-        graph: from `extract`.
-        solvers: names or objects; default: every solver available for the problem.
-        request: as for `solve` (theta or budget, problem, objective, ...).
+        graph: from `extract`, or a bare `Graph` (see `topoprune.read_graph`): the smallest set of nodes such
+            that every other one has a kept neighbour, over all edges unless `theta` asks for the short ones.
+        solvers: names or objects; default: every installed solver that takes problems of this size.
+        progress: called with (solver, solved, in all) after every site.
+        request: as for `solve` (theta or budget, problem, objective, time_limit, ...).
 
     Returns:
-        A `Comparison`; a solver that refuses the problem (too large, wrong bounds) gets a row
-        with its error, the others still run.
+        A `Comparison`; a named solver that refuses the problem (too large, a feature it lacks) gets
+        a row with its error, the others still run.
 
     Raises:
-        ValueError: an unknown solver or a request that no solver could take.
+        ValueError: a solver that is unknown or not installed, or a request that no solver could take.
+
+    Example:
+        >>> import numpy as np
+        >>> path = Graph.from_edges(5, np.array([[0, 1], [1, 2], [2, 3], [3, 4]]))
+        >>> table = compare(path, ["exact", "random"])
+        >>> table.best, table.plans["exact"].keep("graph").tolist()
+        ('exact', [False, True, False, True, False])
     """
-    problem_type: type = EdgeSelection if request.get("problem") == "edges" else DominatingSet
-    if problem_type is DominatingSet and request.get("budget") is not None:
-        problem_type = SoftDomination if request.get("objective") == "soft" else BudgetedDomination
-    engines = [get_solver(solver, problem_type) for solver in (solvers or available_solvers(problem_type))]
-    solve(graph, solver="greedy", **request)  # a wrong request fails here, once, before the table
+    graph, request = complete_request(graph, request)
+    problem_type = _problem_type(graph, request)
+    sizes = _sizes(graph, request)
+    notes: list[str] = []
+    names = _default_solvers(problem_type, sizes, notes) if solvers is None else list(solvers)
+    engines = {engine.name: engine for engine in (get_solver(name, problem_type) for name in names)}
+    if not engines:
+        raise ValueError(f"no solver named; available: {', '.join(available_solvers(problem_type))}")
     plans: dict[str, Plan | str] = {}
-    for engine in engines:
-        try:
-            plans[engine.name] = solve(graph, solver=engine, **request)
-        except ValueError as error:
-            plans[engine.name] = f"refused: {error}"
-    solved = [plan for plan in plans.values() if isinstance(plan, Plan)]
-    bounds = {
-        site: best_bound(solution.sense, [plan.solutions[site].bound for plan in solved])
-        for site, solution in (solved[0].solutions.items() if solved else ())
-    }
-    return Comparison(tuple(_comparison_row(name, plan, bounds) for name, plan in plans.items()))
+    with interruptible() as stop:
+        for name, engine in engines.items():
+            if stop.is_set():
+                notes.append(f"not run after Ctrl-C: {', '.join(other for other in engines if other not in plans)}")
+                break
+            done = len(plans) * len(sizes)
+            ticking = _Ticking(engine, progress, done, len(engines) * len(sizes))
+            try:
+                plans[name] = solve(graph, solver=ticking, **request)
+            except ValueError as error:
+                plans[name] = f"refused: {error}"
+        interrupted = stop.is_set()
+    solved = {name: plan for name, plan in plans.items() if isinstance(plan, Plan)}
+    bounds = best_bounds(solved)
+    rows = tuple(solver_row(name, plan, bounds) for name, plan in plans.items())
+    return Comparison(rows, solved, tuple(notes), interrupted)
 
 
-def _comparison_row(name: str, plan: Plan | str, bounds: Mapping[str, Bound | None]) -> dict[str, Any]:
-    if isinstance(plan, str):
-        return {"solver": name, "error": plan}
-    solutions = plan.solutions
-    known = [bound.value for bound in bounds.values() if bound is not None]
-    complete = len(known) == len(bounds)
-    gaps = [relative_gap(solutions[site].objective, b.value) for site, b in bounds.items() if b is not None]
-    return {
-        "solver": name,
-        "kept": sum(s.n_kept for s in solutions.values()),
-        "units": sum(s.n_units for s in solutions.values()),
-        "objective": sum(s.objective for s in solutions.values()),
-        "bound": sum(known) if complete else None,
-        "gap": max(gaps, default=0.0) if complete else math.nan,
-        "seconds": plan.seconds,
-        "status": ", ".join(sorted({s.status.name for s in solutions.values()})),
-        "error": "",
-    }
+def complete_request(graph: ModelGraph | Graph, request: Mapping[str, Any]) -> tuple[ModelGraph, dict[str, Any]]:
+    """Return graph and request as `solve` takes them: a bare graph is wrapped, and stands for all its edges.
+
+    Args:
+        graph: a model's graph (returned as it is), a bare `Graph`, or one wrapped by `ModelGraph.from_graph`.
+        request: as for `solve`.
+
+    Raises:
+        ValueError: a problem of models asked of a bare graph, or the other way round.
+    """
+    if isinstance(graph, Graph):
+        graph = ModelGraph.from_graph(graph)
+    request = dict(request)
+    bare = bool(graph.sites) and all(site.kind == "node" for site in graph.sites)
+    if not bare:
+        if request.get("problem") == "graph":
+            raise ValueError("problem 'graph' is for bare graphs; this is a model's: heads, neurons or edges")
+        return graph, request
+    if request.setdefault("problem", "graph") != "graph":
+        raise ValueError(f"this is a bare graph, without {request['problem']!r}; leave the problem out, or say 'graph'")
+    if request.get("theta") is None and request.get("budget") is None:
+        request["theta"] = max((float(g.weight.max(initial=0.0)) for g in graph.redundancy.values()), default=0.0)
+    return graph, request
+
+
+class _Asked(Exception):
+    """Carries the first problem of a request out of `solve`."""
+
+    def __init__(self, problem: Any) -> None:
+        super().__init__()
+        self.problem = problem
+
+
+class _Asking:
+    """A solver that takes any problem and reports it, so that a wrong request fails before any solver runs."""
+
+    name: ClassVar[str] = "asking"
+    capabilities: ClassVar[Capabilities] = Capabilities(object, exact=False, guarantee="none", complexity="O(1)")
+
+    def solve(self, problem: Any, **_: Any) -> Solution:
+        raise _Asked(problem)
+
+
+def _problem_type(graph: ModelGraph, request: Mapping[str, Any]) -> type:
+    try:
+        solve(graph, solver=_Asking(), **request)
+    except _Asked as asked:
+        return type(asked.problem)
+    raise AssertionError("solve returned without asking the solver")
+
+
+class _Ticking:
+    """A solver that reports every solved problem; all else is the solver's own."""
+
+    def __init__(self, solver: Solver, progress: Progress | None, done: int, total: int) -> None:
+        self.solver, self.progress, self.done, self.total = solver, progress, done, total
+        self.report(0)
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(self.solver, attribute)
+        if attribute != "solve_many":
+            return value
+
+        def solve_many(problems: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+            solutions = value(problems, *args, **kwargs)
+            self.report(len(problems))
+            return solutions
+
+        return solve_many
+
+    @property
+    def name(self) -> str:
+        return self.solver.name
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.solver.capabilities
+
+    def solve(
+        self, problem: Any, *, warm_start: Any = None, time_limit: float | None = None, seed: int = 0
+    ) -> Solution:
+        solution = self.solver.solve(problem, warm_start=warm_start, time_limit=time_limit, seed=seed)
+        self.report(1)
+        return solution
+
+    def report(self, solved: int) -> None:
+        self.done = min(self.done + solved, self.total)
+        if self.progress is not None:
+            self.progress(self.solver.name, self.done, self.total)
+
+
+def _sizes(graph: ModelGraph, request: Mapping[str, Any]) -> list[int]:
+    """Return the units (or edges) of every site that will be decided on."""
+    problem = request.get("problem", "heads")
+    if problem == "edges":
+        return [wires.weight.size for wires in graph.connectivity.values()]
+    kinds = _SITE_KINDS[problem]
+    return [site.n_units for site in graph.sites if site.kind in kinds and site.name in graph.redundancy]
+
+
+def _default_solvers(problem_type: type, sizes: Sequence[int], notes: list[str]) -> list[str]:
+    here, largest = available_solvers(problem_type), max(sizes, default=0)
+    for name in solver_names(problem_type):
+        if name not in here:
+            notes.append(f"not installed: {name} ({install_hint(name, problem_type)})")
+    limits = {name: get_solver(name, problem_type).capabilities.max_units for name in here}
+    small = {name: limit for name, limit in limits.items() if limit is not None and limit < largest}
+    if small:
+        notes.append(f"left out: {', '.join(f'{name} (takes at most {limit})' for name, limit in small.items())}")
+    return [name for name in here if name not in small]

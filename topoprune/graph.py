@@ -278,6 +278,16 @@ class ModelGraph:
             if graph.n_nodes != by_name[name].n_units:
                 raise ValueError(f"graph of {name!r} has {graph.n_nodes} nodes, its site {by_name[name].n_units} units")
 
+    @classmethod
+    def from_graph(cls, graph: Graph, name: str = "graph") -> ModelGraph:
+        """Wrap a bare graph: one site, kind ``"node"``, so that it can be solved and compared like a model's.
+
+        >>> ModelGraph.from_graph(Graph.from_edges(3, np.array([[0, 1], [1, 2]])))
+        ModelGraph(graph: 1 sites, 3 nodes)
+        """
+        site = Site(name, "node", graph.n_nodes, 1, reads=())
+        return cls((site,), {name: graph}, model_type="graph")
+
     @staticmethod
     def _vector(label: str, site: Site, array: np.ndarray) -> np.ndarray:
         array = np.asarray(array, dtype=np.float64)

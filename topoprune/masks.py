@@ -62,6 +62,9 @@ def fit_sites(model: nn.Module, planned: Sequence[Site]) -> tuple[Site, ...]:
     Raises:
         ValueError: the model lacks a site or has another shape; names the first difference.
     """
+    bare = [site.name for site in planned if site.kind == "node"]
+    if bare:
+        raise ValueError(f"this plan decides on the nodes of a bare graph ({bare[0]!r}), not on units of a model")
     if not _family_known(model):
         check_sites(model, planned)
         return tuple(planned)

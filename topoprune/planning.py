@@ -31,9 +31,9 @@ from topoprune_solvers import (
 
 __all__ = ["Plan", "ProblemName", "resolve_theta", "solve"]
 
-ProblemName = Literal["heads", "neurons", "edges"]
+ProblemName = Literal["heads", "neurons", "edges", "graph"]
 Objective = Literal["k-centre", "soft"]
-_KINDS: dict[str, tuple[Any, ...]] = {"heads": ("head", "kv_group"), "neurons": ("neuron",)}
+_KINDS: dict[str, tuple[Any, ...]] = {"heads": ("head", "kv_group"), "neurons": ("neuron",), "graph": ("node",)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = ["Kind", "Site", "TensorSlice", "structure_digest"]
 
-Kind = Literal["head", "kv_group", "neuron", "input_dim"]
+Kind = Literal["head", "kv_group", "neuron", "input_dim", "node"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Site:
     Args:
         name: unique within the model and the same for every head on top of it, e.g.
             ``"encoder.0.attention"``.
-        kind: ``"head" | "kv_group" | "neuron" | "input_dim"``.
+        kind: ``"head" | "kv_group" | "neuron" | "input_dim"``, or ``"node"`` for the nodes of a bare
+            graph, which own no tensors.
         n_units: number of units.
         unit_width: features of the consumer's input one unit owns (head width, head width *
             query heads per group, or 1).
@@ -67,6 +68,11 @@ class Site:
         block: ``"attention" | "cross_attention" | "ffn"``.
         head_width: width of one head; 0 outside attention.
         rotary: whether queries and keys are rotated (RoPE), which breaks data-free QK comparison.
+        n_groups: in how many equal runs of units the same number of units must stay; 0 for no such rule.
+            Query heads of grouped-query attention: one run a KV group, since a smaller model is only
+            right if every key/value head serves equally many query heads.
+        shared: tensors that all units of a run read (key and value heads); they stay, whatever is pruned.
+            One run owns `width` indices, as a unit does in `reads`.
     """
 
     name: str
@@ -81,10 +87,30 @@ class Site:
     block: Literal["attention", "cross_attention", "ffn"] = "attention"
     head_width: int = 0
     rotary: bool = False
+    n_groups: int = 0
+    shared: tuple[TensorSlice, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n_groups and self.n_units % self.n_groups:
+            raise ValueError(f"site {self.name!r}: {self.n_units} units do not divide into {self.n_groups} groups")
+        if self.shared and not self.n_groups:
+            raise ValueError(f"site {self.name!r} has shared tensors, but n_groups is 0")
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """(n_units,) int64, the run of each unit; None without the rule of equal counts."""
+        if not self.n_groups:
+            return None
+        return np.arange(self.n_units) // (self.n_units // self.n_groups)
+
+    @property
+    def tensors(self) -> tuple[TensorSlice, ...]:
+        """All tensors that belong to the site: those of the units, then the shared ones."""
+        return self.slices + self.shared
 
     @property
     def slices(self) -> tuple[TensorSlice, ...]:
-        """All tensors a unit touches: what it reads, then what it writes."""
+        """All tensors that vanish in part with a unit: what it reads, then what it writes."""
         return self.reads + self.writes
 
     @property
@@ -99,21 +125,22 @@ class Site:
 
     def one(self, role: str) -> TensorSlice:
         """Return the slice with a role; KeyError if the site has none."""
-        for piece in self.slices:
+        for piece in self.tensors:
             if piece.role == role:
                 return piece
         raise KeyError(f"site {self.name!r} has no tensor with role {role!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready description."""
-        return asdict(self)
+        """Return a JSON-ready description; fields of grouped sites only where they are set, as files had it before."""
+        fields = asdict(self)
+        return fields if self.n_groups else {k: v for k, v in fields.items() if k not in ("n_groups", "shared")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Site:
         """Rebuild a site from `to_dict` output."""
         fields = dict(data)
-        for key in ("reads", "writes"):
-            fields[key] = tuple(TensorSlice(**{**s, "shape": tuple(s["shape"])}) for s in fields[key])
+        for key in ("reads", "writes", "shared"):
+            fields[key] = tuple(TensorSlice(**{**s, "shape": tuple(s["shape"])}) for s in fields.get(key, ()))
         return cls(**fields)
 
 
@@ -129,7 +156,9 @@ def structure_digest(sites: Iterable[Site]) -> str:
             s.kind,
             s.n_units,
             s.unit_width,
-            [[t.role, t.axis, t.offset, t.width, list(t.shape)] for t in s.slices],
+            [[t.role, t.axis, t.offset, t.width, list(t.shape)] for t in s.tensors],
+            # only where it is set: digests of files written before the field existed stay as they are
+            *([s.n_groups] if s.n_groups else []),
         ]
         for s in sites
     )

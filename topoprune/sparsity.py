@@ -57,7 +57,7 @@ def measure_sparsity(model: nn.Module, sites: Sequence[Site]) -> Sparsity:
     Complexity: one pass over the weights.
     """
     params = dict(model.named_parameters())
-    counted = {piece.param: params[piece.param] for site in sites for piece in site.slices if len(piece.shape) == 2}
+    counted = {piece.param: params[piece.param] for site in sites for piece in site.tensors if len(piece.shape) == 2}
     total = sum(tensor.numel() for tensor in counted.values())
     zero = sum(tensor.numel() - int(torch.count_nonzero(tensor)) for tensor in counted.values())
     removable = gatherable = 0

@@ -8,7 +8,17 @@
 
 from topoprune_solvers.base import Capabilities, Solver, register
 from topoprune_solvers.csr import adjacency_from_dense, adjacency_from_edges, check_adjacency
-from topoprune_solvers.problems import BudgetedDomination, DominatingSet, EdgeSelection, Problem, SoftDomination
+from topoprune_solvers.problems import (
+    BudgetedDomination,
+    DominatingSet,
+    EdgeSelection,
+    MultipleChoiceKnapsack,
+    Problem,
+    QuadraticSubset,
+    RepairedSubset,
+    SoftDomination,
+    repaired_weight,
+)
 from topoprune_solvers.registry import (
     available_solvers,
     get_solver,
@@ -27,7 +37,10 @@ __all__ = [
     "EdgeSelection",
     "Infeasible",
     "InvalidSolution",
+    "MultipleChoiceKnapsack",
     "Problem",
+    "QuadraticSubset",
+    "RepairedSubset",
     "Sense",
     "SoftDomination",
     "Solution",
@@ -42,6 +55,7 @@ __all__ = [
     "get_solver",
     "register",
     "relative_gap",
+    "repaired_weight",
     "solve",
     "solve_many",
     "solver_names",

@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any, TypeVar
 
-__all__ = ["VARIABLE", "enabled", "kernel"]
+__all__ = ["VARIABLE", "choose", "enabled", "kernel"]
 
 VARIABLE = "TOPOPRUNE_NUMBA"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -39,3 +40,21 @@ def kernel(function: Function) -> Function:
     from numba import njit
 
     return njit(cache=True, nogil=True)(function)  # type: ignore[return-value]
+
+
+def choose(function: Function) -> Function:
+    """Return a kernel as it is where numba is enabled, else the Python function, kernels it calls included.
+
+    The Python function is quick on lists and slow on arrays: hand it ``array.tolist()``.
+    """
+    return function if enabled() or not _installed() else _plain(function)
+
+
+def _plain(function: Function) -> Function:
+    bare = getattr(function, "py_func", None)
+    if bare is None:
+        return function
+    scope = dict(bare.__globals__)
+    for name in bare.__code__.co_names:
+        scope[name] = _plain(scope[name]) if hasattr(scope.get(name), "py_func") else scope.get(name)
+    return FunctionType(bare.__code__, scope, bare.__name__, bare.__defaults__)  # type: ignore[return-value]

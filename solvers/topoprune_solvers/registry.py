@@ -16,12 +16,15 @@ from topoprune_solvers.solution import Solution
 __all__ = [
     "available_solvers",
     "get_solver",
+    "install_hint",
     "solve",
     "solve_many",
     "solver_names",
 ]
 
 ENTRY_POINT_GROUP = "topoprune.solvers"
+# Importable module -> the extra of this distribution that brings it.
+EXTRAS = {"numba": "fast", "pysat": "sat", "networkx": "networkx"}
 
 
 @cache
@@ -49,6 +52,16 @@ def _missing(solver: Solver) -> list[str]:
     return [module for module in solver.capabilities.requires if find_spec(module) is None]
 
 
+def install_hint(name: str, problem_type: type) -> str:
+    """Return the command that installs what a registered solver misses, e.g. ``pip install "topoprune[sat]"``."""
+    _load()
+    missing = _missing(SOLVERS[problem_type][name])
+    extras = sorted({EXTRAS[module] for module in missing if module in EXTRAS})
+    packages = [f'"topoprune[{",".join(extras)}]"'] if extras else []
+    packages += [module for module in missing if module not in EXTRAS]
+    return f"pip install {' '.join(packages)}"
+
+
 def get_solver(name: str | Solver, problem_type: type) -> Solver:
     """Return the solver registered under a name, or the given solver itself, ready to run.
 
@@ -71,8 +84,8 @@ def get_solver(name: str | Solver, problem_type: type) -> Solver:
     missing = _missing(table[name])
     if missing:
         raise ValueError(
-            f"solver {name!r} needs the package {', '.join(missing)}; install it with pip, or use "
-            f"one of: {', '.join(available_solvers(problem_type))}"
+            f"solver {name!r} needs the package {', '.join(missing)}, which is not installed: "
+            f"{install_hint(name, problem_type)}; or use one of: {', '.join(available_solvers(problem_type))}"
         )
     return table[name]
 
@@ -94,14 +107,18 @@ def solve(
     from topoprune_solvers.verify import verify
 
     engine = get_solver(solver, type(problem))
-    limit = engine.capabilities.max_units
-    if limit is not None and problem.n > limit:
-        raise ValueError(f"solver {engine.name!r} takes at most {limit} units, this problem has {problem.n}")
+    _check_size(engine, problem)
     started = time.perf_counter()
     solution = engine.solve(problem, warm_start=warm_start, time_limit=time_limit, seed=seed)
     solution = replace(solution, seconds=time.perf_counter() - started, solver=engine.name)
     verify(problem, solution)
     return solution
+
+
+def _check_size(engine: Solver, problem: Any) -> None:
+    limit = engine.capabilities.max_units
+    if limit is not None and problem.n > limit:
+        raise ValueError(f"solver {engine.name!r} takes at most {limit} units, this problem has {problem.n}")
 
 
 def solve_many(
@@ -112,10 +129,33 @@ def solve_many(
     time_limit: float | None = None,
     seed: int = 0,
 ) -> list[Solution]:
-    """Solve several problems (all layers of a model); `time_limit` is per problem, in seconds."""
+    """Solve several problems (all layers of a model) and verify the answers before returning them.
+
+    A solver with a `solve_many` of its own gets all of them in one call, which saves most of the time on
+    small graphs; the answers are the same as one by one.
+
+    Args:
+        problems: instances of one problem type (of several types: only for solvers without a `solve_many`).
+        solver: name or instance. warm_starts: one each, or None. time_limit: seconds for each problem.
+        seed: as in `solve`.
+
+    Raises:
+        As in `solve`.
+    """
+    from topoprune_solvers.verify import verify_many
+
     problems = list(problems)
     starts = [None] * len(problems) if warm_starts is None else list(warm_starts)
-    return [
-        solve(problem, solver, warm_start=start, time_limit=time_limit, seed=seed)
-        for problem, start in zip(problems, starts, strict=True)
-    ]
+    kinds = {type(problem) for problem in problems}
+    engine = get_solver(solver, kinds.pop()) if len(kinds) == 1 else None
+    together = getattr(engine, "solve_many", None)
+    if engine is None or together is None:
+        return [
+            solve(problem, solver, warm_start=start, time_limit=time_limit, seed=seed)
+            for problem, start in zip(problems, starts, strict=True)
+        ]
+    for problem in problems:
+        _check_size(engine, problem)
+    solutions: list[Solution] = together(problems, warm_starts=starts, time_limit=time_limit, seed=seed)
+    verify_many(problems, solutions)
+    return solutions

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from topoprune_solvers.problems import UnitProblem
+from topoprune_solvers.problems import DominatingSet, UnitProblem
 from topoprune_solvers.solution import Solution, Status
 
-__all__ = ["InvalidSolution", "dominators", "verify"]
+__all__ = ["InvalidSolution", "dominators", "verify", "verify_many"]
 
 TOLERANCE = 1e-6  # relative, for float objectives summed in another order
 
@@ -74,6 +75,81 @@ def verify(problem: Any, solution: Solution) -> None:
         _require(solution.bound is not None, "status OPTIMAL without a bound")
         assert solution.bound is not None
         _require(_close(true, solution.bound.value), f"status OPTIMAL, but bound {solution.bound.value!r} != {true!r}")
+
+
+def verify_many(problems: Sequence[Any], solutions: Sequence[Solution]) -> None:
+    """Raise InvalidSolution unless every solution passes `verify`; dominating sets are checked all at once.
+
+    The joint check works on the problems' arrays laid end to end and makes its own sums. Where it finds
+    anything wrong, `verify` goes through the problems to name it.
+
+    Complexity: O(n + nnz) over all problems, in a fixed number of array operations.
+    """
+    _require(len(solutions) == len(problems), f"{len(solutions)} solutions for {len(problems)} problems")
+    if all(type(problem) is DominatingSet for problem in problems) and _dominating_sets_are_right(problems, solutions):
+        return
+    for problem, solution in zip(problems, solutions, strict=True):
+        verify(problem, solution)
+
+
+def _dominating_sets_are_right(problems: Sequence[Any], solutions: Sequence[Solution]) -> bool:
+    sizes = [problem.n for problem in problems]
+    if not sum(sizes):
+        return False  # nothing to gain, and the sums below need a unit
+    for size, solution in zip(sizes, solutions, strict=True):
+        named, distance = solution.dominator, solution.dominator_distance
+        if named is None or distance is None or solution.sense != "min":
+            return False
+        if solution.keep.shape != (size,) or named.shape != (size,) or distance.shape != (size,):
+            return False
+    counts = np.array(sizes)
+    first = np.cumsum(counts) - counts
+    offset = np.repeat(first, counts)  # of each unit: the first unit of its problem
+    keep, dominator, distance = (
+        np.concatenate([getattr(solution, name) for solution in solutions])
+        for name in ("keep", "dominator", "dominator_distance")
+    )
+    cost, forced, forbidden, demand, weight, indices = (
+        np.concatenate([getattr(problem, name) for problem in problems])
+        for name in ("cost", "forced", "forbidden", "demand", "weight", "indices")
+    )
+    degree = np.concatenate([problem.indptr[1:] - problem.indptr[:-1] for problem in problems])
+    if np.any(forced & ~keep) or np.any(forbidden & keep):
+        return False
+
+    row = np.repeat(np.arange(degree.size), degree)
+    column = indices + offset[row]
+    link = keep[column]  # entries of the graph that lead to a kept unit
+    row, column, weight = row[link], column[link], weight[link]
+    if np.any(keep + np.bincount(row, minlength=degree.size) < demand):
+        return False
+
+    nearest = np.full(degree.size, np.inf)
+    named = np.full(degree.size, -1)
+    begin = np.flatnonzero(np.diff(row, prepend=-1))
+    if begin.size:
+        nearest[row[begin]] = np.minimum.reduceat(weight, begin)
+        best = np.flatnonzero(weight == nearest[row])
+        # ascending columns: the first of equally near units has the lowest number
+        best = best[np.diff(row[best], prepend=-1) != 0]
+        named[row[best]] = column[best] - offset[row[best]]
+    nearest[keep] = 0.0
+    named[keep] = (np.arange(degree.size) - offset)[keep]
+    if not (np.array_equal(named, dominator) and np.array_equal(nearest, distance)):
+        return False
+
+    # reduceat wants no empty part: a problem without units has objective 0
+    filled = counts > 0
+    true = np.zeros(counts.size)
+    true[filled] = np.add.reduceat(np.where(keep, cost, 0.0), first[filled])
+    claimed = np.array([solution.objective for solution in solutions])
+    bound = np.array([-np.inf if solution.bound is None else solution.bound.value for solution in solutions])
+    optimal = np.array([solution.status is Status.OPTIMAL for solution in solutions])
+    slack = TOLERANCE * np.maximum(1.0, true)
+    right = np.abs(true - claimed) <= TOLERANCE * np.maximum(np.maximum(1.0, true), np.abs(claimed))
+    right &= bound <= true + slack
+    right &= ~optimal | (bound >= true - slack)
+    return bool(np.all(right) and np.all(np.isfinite(true)))
 
 
 def _close(left: float, right: float) -> bool:

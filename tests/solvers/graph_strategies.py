@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from topoprune_solvers import (
     Infeasible,
     adjacency_from_dense,
     adjacency_from_edges,
+    get_solver,
 )
 
 COSTS = {
@@ -39,9 +41,19 @@ def masks(n: int) -> st.SearchStrategy[np.ndarray]:
     return st.lists(entry, min_size=n, max_size=n).map(lambda flags: np.array(flags, dtype=bool))
 
 
+def takes(name: str, problem_type: type, feature: str) -> bool:
+    """Return True unless a solver says that it lacks a feature of the problem type, e.g. ``"demand"``."""
+    return feature not in get_solver(name, problem_type).capabilities.lacks
+
+
 @st.composite
-def unit_problems(draw: st.DrawFn, problem_type: type, max_n: int = 9) -> Any:
-    """Draw a feasible problem of a type, with forced and forbidden units now and then."""
+def unit_problems(draw: st.DrawFn, problem_type: type, max_n: int = 9, demand: bool = False) -> Any:
+    """Draw a feasible problem of a type, with forced and forbidden units now and then.
+
+    With `demand` a dominating set also asks for 0..3 kept units per neighbourhood; give
+    ``takes(solver, DominatingSet, "demand")``
+    so that solvers which lack demands get plain problems.
+    """
     indptr, indices, weight = draw(graphs(max_n))
     n = indptr.size - 1
     forced = draw(masks(n))
@@ -50,14 +62,38 @@ def unit_problems(draw: st.DrawFn, problem_type: type, max_n: int = 9) -> Any:
     vector = np.array([draw(st.sampled_from(COSTS[values])) for _ in range(n)], dtype=np.float64)
     if problem_type is DominatingSet:
         try:
-            return DominatingSet(indptr, indices, weight, forced, forbidden, cost=vector)
+            problem = DominatingSet(indptr, indices, weight, forced, forbidden, cost=vector)
         except Infeasible:
-            return DominatingSet(indptr, indices, weight, forced, cost=vector)
+            problem = DominatingSet(indptr, indices, weight, forced, cost=vector)
+        if not demand or draw(st.booleans()):
+            return problem
+        assert problem.forbidden is not None
+        levels = draw(st.sampled_from([[1, 1, 1, 0], [2], [0, 1, 2, 3], [3]]))
+        wanted = np.array([draw(st.sampled_from(levels)) for _ in range(n)], dtype=np.int64)
+        return replace(problem, demand=np.minimum(wanted, problem.counts(~problem.forbidden)))
     low, high = int(forced.sum()), n - int(forbidden.sum())
     k = draw(st.integers(max(low, min(1, n)), high)) if high >= max(low, min(1, n)) else n
     if high < max(low, min(1, n)):
         forbidden = np.zeros(n, dtype=bool)
     return problem_type(indptr, indices, weight, forced, forbidden, k=k, importance=vector)
+
+
+@st.composite
+def grouped_problems(draw: st.DrawFn, problem_type: type, max_n: int = 9) -> Any:
+    """Draw a feasible budgeted problem whose units lie in groups with bounds on the kept ones.
+
+    The bounds are drawn around the counts of one selection, which keeps the problem feasible.
+    """
+    plain = draw(unit_problems(problem_type, max_n))
+    groups = draw(st.integers(1, 4))
+    label = np.array([draw(st.integers(0, groups - 1)) for _ in range(plain.n)], dtype=np.int64)
+    order = np.array(draw(st.permutations(range(plain.n))), dtype=np.int64)
+    order = np.concatenate([np.flatnonzero(plain.forced), order[~plain.forced[order] & ~plain.forbidden[order]]])
+    count = np.bincount(label[order[: plain.k].astype(np.int64)], minlength=groups)
+    around = draw(st.sampled_from([0, 0, 1, 9]))
+    low = [max(0, int(c) - draw(st.integers(0, around))) for c in count]
+    high = [int(c) + draw(st.integers(0, around)) for c in count]
+    return replace(plain, group=label, group_min=np.array(low), group_max=np.array(high))
 
 
 def relabel(problem: Any, order: np.ndarray) -> Any:
@@ -71,8 +107,11 @@ def relabel(problem: Any, order: np.ndarray) -> Any:
     shared = problem.forced[order], problem.forbidden[order]
     if isinstance(problem, DominatingSet):
         assert problem.cost is not None
-        return DominatingSet(*arrays, *shared, cost=problem.cost[order])
-    return type(problem)(*arrays, *shared, k=problem.k, importance=problem.importance[order])
+        assert problem.demand is not None and not isinstance(problem.demand, int)
+        return DominatingSet(*arrays, *shared, cost=problem.cost[order], demand=problem.demand[order])
+    group = None if problem.group is None else problem.group[order]
+    bounds = {"group": group, "group_min": problem.group_min, "group_max": problem.group_max}
+    return type(problem)(*arrays, *shared, k=problem.k, importance=problem.importance[order], **bounds)
 
 
 def random_graph(n: int, density: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graph_strategies import random_graph, relabel, unit_problems
+from graph_strategies import grouped_problems, random_graph, relabel, unit_problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,9 @@ TYPES = [BudgetedDomination, SoftDomination]
 ALL = [(kind, name) for kind in TYPES for name in available_solvers(kind)]
 EXACT = [(kind, name) for kind, name in ALL if get_solver(name, kind).capabilities.exact]
 UNLIMITED = [(kind, name) for kind, name in ALL if get_solver(name, kind).capabilities.max_units is None]
+FORMS = {"plain": unit_problems, "grouped": grouped_problems}
 few = settings(max_examples=40, deadline=None)
+both_forms = pytest.mark.parametrize("form", FORMS)
 
 
 def close(left: float, right: float) -> bool:
@@ -38,11 +40,14 @@ def no_better(problem: Any, value: float, optimum: float) -> bool:
     return close(value, optimum) or (value > optimum if problem.sense == "min" else value < optimum)
 
 
+@both_forms
 @pytest.mark.parametrize(("kind", "name"), ALL)
 @few
 @given(data=st.data())
-def test_bound_optimum_objective_are_in_order(kind: type, name: str, data: st.DataObject) -> None:
-    problem = data.draw(unit_problems(kind, max_n=8))
+def test_bound_optimum_objective_are_in_order(
+    kind: type, name: str, form: str, data: st.DataObject
+) -> None:
+    problem = data.draw(FORMS[form](kind, max_n=8))
     optimum = solve(problem, "brute").objective
     solution = solve(problem, name)  # verified inside
     assert no_better(problem, solution.objective, optimum)
@@ -54,20 +59,26 @@ def test_bound_optimum_objective_are_in_order(kind: type, name: str, data: st.Da
         assert close(solution.objective, optimum)
 
 
+@both_forms
 @pytest.mark.parametrize(("kind", "name"), EXACT)
 @few
 @given(data=st.data())
-def test_relabelling_does_not_change_an_exact_objective(kind: type, name: str, data: st.DataObject) -> None:
-    problem = data.draw(unit_problems(kind, max_n=7))
+def test_relabelling_does_not_change_an_exact_objective(
+    kind: type, name: str, form: str, data: st.DataObject
+) -> None:
+    problem = data.draw(FORMS[form](kind, max_n=7))
     order = np.array(data.draw(st.permutations(range(problem.n))), dtype=np.int64)
     assert close(solve(problem, name).objective, solve(relabel(problem, order), name).objective)
 
 
+@both_forms
 @pytest.mark.parametrize(("kind", "name"), ALL)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_warm_start_time_limit_and_repetition(kind: type, name: str, data: st.DataObject) -> None:
-    problem = data.draw(unit_problems(kind, max_n=8))
+def test_warm_start_time_limit_and_repetition(
+    kind: type, name: str, form: str, data: st.DataObject
+) -> None:
+    problem = data.draw(FORMS[form](kind, max_n=8))
     start = np.array(data.draw(st.lists(st.booleans(), min_size=problem.n, max_size=problem.n)), dtype=bool)
     solve(problem, name, time_limit=1e-7)
     first, second = (solve(problem, name, warm_start=start, seed=3) for _ in range(2))

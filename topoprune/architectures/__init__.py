@@ -23,6 +23,7 @@ from topoprune.graph import Site
 
 __all__ = [
     "FAMILIES",
+    "GQA",
     "Attention",
     "Family",
     "FeedForward",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {}
+GQA = ("groups", "query-heads")
 
 
 def register_family(family: Family) -> Family:
@@ -48,16 +50,21 @@ for _family in (BERT, ROBERTA, DISTILBERT, T5, OPT, LLAMA, GPT2):
     register_family(_family)
 
 
-def find_sites(model: nn.Module, include: Collection[str] = INCLUDES) -> tuple[Site, ...]:
+def find_sites(model: nn.Module, include: Collection[str] = INCLUDES, *, gqa: str = "groups") -> tuple[Site, ...]:
     """Return the prunable sites of a transformers model.
 
     Args:
         model: a model whose ``config.model_type`` is registered; bare or with a task head, which
             give the same site names.
         include: some of ``"heads"``, ``"neurons"``, ``"input_dims"``.
+        gqa: what the units of grouped-query attention are. ``"groups"``: whole KV groups (kind ``"kv_group"``).
+            ``"query-heads"``: query heads (kind ``"head"``, `Site.n_groups` KV groups), of which every plan keeps
+            the same number in each group, because transformers assigns query heads to key/value heads by
+            position: with unequal counts a cut model would run and be wrong. Keys and values stay whole.
+            Makes no difference to models without grouped-query attention.
 
     Raises:
-        ValueError: unknown model type, unknown `include`, shapes that contradict the config
+        ValueError: unknown model type, unknown `include` or `gqa`, shapes that contradict the config
             (an already pruned model), quantised or tied weights.
 
     Example:
@@ -74,12 +81,14 @@ def find_sites(model: nn.Module, include: Collection[str] = INCLUDES) -> tuple[S
     unknown = sorted(set(include) - set(INCLUDES))
     if unknown or isinstance(include, str):
         raise ValueError(f"unknown include {include!r}; choose from {', '.join(INCLUDES)}")
+    if gqa not in GQA:
+        raise ValueError(f"unknown gqa {gqa!r}; choose from {', '.join(GQA)}")
     model_type = getattr(model_config(model), "model_type", None)
     if model_type not in FAMILIES:
         raise ValueError(
             f"no adapter for model_type={model_type!r}; known: {', '.join(sorted(FAMILIES))}; "
             "pass sites=[Site(...), ...] by hand (see topoprune.Site)"
         )
-    sites = sites_of_family(model, FAMILIES[model_type], include)
+    sites = sites_of_family(model, FAMILIES[model_type], include, gqa)
     check_sites(model, sites)
     return sites

@@ -40,7 +40,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
         if site.name in names:
             raise ValueError(f"site names must be unique, {site.name!r} occurs twice")
         names.add(site.name)
-        for piece in site.slices:
+        for piece in site.tensors:
             parameter = parameters.get(piece.param)
             if parameter is None:
                 raise ValueError(
@@ -52,10 +52,11 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
                     f"parameter {piece.param!r} of site {site.name!r} has shape {tuple(parameter.shape)}, expected "
                     f"{tuple(piece.shape)}; the sites are of another model, or this one was pruned physically"
                 )
-            end = piece.offset + site.n_units * piece.width
+            owners_here = site.n_groups if piece in site.shared else site.n_units
+            end = piece.offset + owners_here * piece.width
             if not 0 <= piece.axis < parameter.ndim or piece.offset < 0 or end > parameter.shape[piece.axis]:
                 raise ValueError(
-                    f"site {site.name!r}: {site.n_units} units of width {piece.width} from {piece.offset} do not fit "
+                    f"site {site.name!r}: {owners_here} units of width {piece.width} from {piece.offset} do not fit "
                     f"axis {piece.axis} of {piece.param!r} with shape {tuple(parameter.shape)}"
                 )
             other = owners.setdefault(id(parameter), piece.param)
@@ -79,7 +80,7 @@ def counted_matrices(sites: Iterable[Site]) -> dict[str, tuple[int, ...]]:
 
     These are the attention and feed-forward matrices, each once, biases and embeddings apart.
     """
-    return {piece.param: tuple(piece.shape) for site in sites for piece in site.slices if len(piece.shape) == 2}
+    return {piece.param: tuple(piece.shape) for site in sites for piece in site.tensors if len(piece.shape) == 2}
 
 
 def matrix_parameters(sites: Iterable[Site]) -> int:

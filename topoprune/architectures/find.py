@@ -20,13 +20,16 @@ __all__ = ["INCLUDES", "model_config", "sites_of_family"]
 INCLUDES = ("heads", "neurons", "input_dims")
 
 
-def sites_of_family(model: nn.Module, family: Family, include: Collection[str]) -> tuple[Site, ...]:
+def sites_of_family(
+    model: nn.Module, family: Family, include: Collection[str], gqa: str = "groups"
+) -> tuple[Site, ...]:
     """Return the sites of a model in the order in which its layers run.
 
     Args:
         model: a model of the family, with any task head or none.
         family: the declaration.
         include: some of ``"heads"``, ``"neurons"``, ``"input_dims"``.
+        gqa: ``"groups"`` or ``"query-heads"``, see `find_sites`.
 
     Raises:
         ValueError: a module is missing, ambiguous, quantised, or its shape is not what the
@@ -47,7 +50,7 @@ def sites_of_family(model: nn.Module, family: Family, include: Collection[str]) 
         for layer in range(max(reader.number(block.layers) for block in own)):
             for block in own:
                 if isinstance(block, Attention):
-                    sites += _attention_sites(reader, block, layer, include)
+                    sites += _attention_sites(reader, block, layer, include, gqa)
                 elif "neurons" in include:
                     sites.append(_neuron_site(reader, block, layer))
     if not blocks:
@@ -148,13 +151,19 @@ class _Reader:
         return name, TensorSlice(f"{name}.weight", axis, role, self.weight_shape(name, n_in, n_out), 0, width)
 
 
-def _attention_sites(reader: _Reader, block: Attention, layer: int, include: Collection[str]) -> Iterator[Site]:
+def _attention_sites(
+    reader: _Reader, block: Attention, layer: int, include: Collection[str], gqa: str
+) -> Iterator[Site]:
     hidden, heads = reader.number(reader.family.hidden), reader.number(block.heads)
     kv_heads = reader.optional(block.kv_heads, heads)
     head_width = reader.optional(block.head_width, hidden // heads)
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide over {kv_heads} key/value heads")
-    group = heads // kv_heads
+    # Query heads as units: each owns its rows of q and its columns of o, k and v stay with their group.
+    by_query = gqa == "query-heads" and heads > kv_heads
+    if by_query and block.fused:
+        raise ValueError(f"gqa='query-heads' needs separate q, k and v projections; {block.q!r} is fused")
+    group = 1 if by_query else heads // kv_heads
     sizes = {"q": heads * head_width, "k": kv_heads * head_width, "v": kv_heads * head_width}
     widths = {"q": group * head_width, "k": head_width, "v": head_width}
     paths = {"q": block.q, "k": block.k, "v": block.v}
@@ -171,14 +180,20 @@ def _attention_sites(reader: _Reader, block: Attention, layer: int, include: Col
             reads += reader.producing(path, layer, role, hidden, n_out, offset if block.fused else 0, widths[role])
             offset += sizes[role]
         consumer, out = reader.reading(block.o, layer, "o", heads * head_width, hidden, group * head_width)
+        grouped: dict[str, Any] = {}
+        if by_query:
+            common = tuple(piece for piece in reads if piece.role.removesuffix("_bias") != "q")
+            reads = [piece for piece in reads if piece not in common]
+            grouped = {"n_groups": kv_heads, "shared": common}
         yield Site(
             name=name,
             kind="head" if group == 1 else "kv_group",
-            n_units=kv_heads,
+            n_units=heads // group,
             unit_width=group * head_width,
             reads=tuple(reads),
             writes=(out,),
             consumer=consumer,
+            **grouped,
             **shared,
         )
     if "input_dims" in include:

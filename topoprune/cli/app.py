@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 import topoprune
+from topoprune.cli.compare import compare
 from topoprune.cli.doctor import doctor
-from topoprune.cli.graphs import compare, extract, solve
+from topoprune.cli.graphs import extract, solve
 from topoprune.cli.output import set_debug
 from topoprune.cli.training import demo, train
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from topoprune.cli.output import guarded, print_json
+from topoprune.cli.output import Json, check_target, emit_json, guarded
 
 __all__ = ["doctor"]
 
@@ -28,13 +28,11 @@ _PACKAGES = (
 
 
 @guarded
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def doctor(json_file: Json = None) -> None:
     """Show versions, devices, solvers and the embedded model."""
+    check_target("--json", json_file)
     report = _report()
-    if as_json:
-        print_json(report)
+    if emit_json(json_file, report):
         return
     for name, value in report.items():
         if isinstance(value, dict):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topoprune.cli.output import guarded, print_json, stderr_console, stdout_console
+from topoprune.cli.output import JSON_HELP, Json, check_target, emit_json, guarded, stderr_console, stdout_console
 
 if TYPE_CHECKING:
     from topoprune.tasks.data import ClassificationData
@@ -90,9 +90,12 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard an interrupted run there.", rich_help_panel=_OUTPUT)
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_OUTPUT)] = False,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help=JSON_HELP, rich_help_panel=_OUTPUT)
+    ] = None,
 ) -> None:
     """Fine-tune a classifier, dense or while it is pruned."""
+    check_target("--json", json_file)
     given = {
         "alpha": alpha,
         "beta": beta,
@@ -134,8 +137,7 @@ def train(
         overwrite=overwrite,
         console=console,
     )
-    if as_json:
-        print_json(result.to_dict())
+    if emit_json(json_file, result.to_dict()):
         return
     out = stdout_console()
     out.print(results_table([result]))
@@ -152,9 +154,10 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for models, table and picture.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A third of the data.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    json_file: Json = None,
 ) -> None:
     """Dense, neuroprune and budget side by side, offline, in a few minutes."""
+    check_target("--json", json_file)
     from topoprune.tasks.demo import run_demo
     from topoprune.tasks.results import results_table
 
@@ -165,9 +168,8 @@ def demo(
         highlight=False,
     )
     result = run_demo(output_dir, quick=quick, seed=seed, console=console)
-    if as_json:
-        print_json({"results": [r.to_dict() for r in result.results], "problems": result.problems})
-    else:
+    rows = {"results": [r.to_dict() for r in result.results], "problems": result.problems}
+    if not emit_json(json_file, rows):
         out = stdout_console()
         out.print(results_table(result.results))
         first = result.results[0]

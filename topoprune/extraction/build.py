@@ -37,6 +37,7 @@ def extract(
     max_tokens: int | None = None,
     block: int = 768,
     digest_weights: bool = True,
+    gqa: str = "groups",
 ) -> ModelGraph:
     """Return the graph of a model's prunable units; the model is not changed.
 
@@ -60,6 +61,8 @@ def extract(
         max_tokens: calibration tokens per site; None for all.
         block: units along one side of a distance tile.
         digest_weights: record a digest of all weights read.
+        gqa: units of grouped-query attention, ``"groups"`` or ``"query-heads"``, see `find_sites`; says
+            nothing about `sites` given by hand.
 
     Returns:
         A `ModelGraph` on the CPU.
@@ -76,7 +79,7 @@ def extract(
     wanted = tuple(label for label in _KINDS if label in include)
     kinds = {kind for label in wanted for kind in _KINDS[label]}
     # "edges" alone still needs to know every matrix.
-    found = tuple(sites) if sites is not None else find_sites(model, tuple(_KINDS))
+    found = tuple(sites) if sites is not None else find_sites(model, tuple(_KINDS), gqa=gqa)
     check_sites(model, found)
     kept = tuple(site for site in found if site.kind in kinds)
     # Weight edges lie in every matrix: a plan on them must know all sites to recognise its model.
@@ -186,7 +189,7 @@ def connectivity(tensors: Mapping[str, torch.Tensor], sites: Iterable[Site]) -> 
     """
     result: dict[str, BipartiteGraph] = {}
     for site in sites:
-        for piece in site.slices:
+        for piece in site.tensors:
             if len(piece.shape) != 2 or piece.param in result:
                 continue
             axis = _row_axis(site, piece)

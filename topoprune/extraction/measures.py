@@ -94,7 +94,7 @@ def _weights_linf(tensors: Mapping[str, torch.Tensor], site: Site, moment: torch
     Not invariant: a change of basis inside a head changes it (the paper's choice, kept for
     reproduction). Complexity: n^2 / 2 * entries comparisons.
     """
-    rows = [unit_rows(tensors, site, piece) for piece in _matrices(site.reads)]
+    rows = [unit_rows(tensors, site, piece) for piece in _matrices(site.reads + site.shared)]
     _require(rows, site, "weight matrices to read with")
 
     def tile(a: slice, b: slice) -> torch.Tensor:
@@ -113,7 +113,7 @@ def _circuit_cosine(tensors: Mapping[str, torch.Tensor], site: Site, moment: tor
 
     A head or KV group: mean of the cosines of its QK circuit W_Qᵀ W_K and its VO circuit W_O W_V,
     or VO alone where queries and keys are rotated (site.rotary) or missing. In a group the query
-    heads' W_Q and W_O are summed over the group. A neuron: product of the cosines of its rows
+    heads' W_Q and W_O are summed over the group; query heads as units have the W_K and W_V of their group. A neuron: product of the cosines of its rows
     (gate and up apart) and its outgoing column, which is the cosine of its rank-one operator
     w_out ⊗ w_in (⊗ w_up).
 
@@ -146,7 +146,7 @@ def _neuron_cosine(tensors: Mapping[str, torch.Tensor], site: Site) -> DistanceT
 
 
 def _head_cosine(tensors: Mapping[str, torch.Tensor], site: Site) -> DistanceTile:
-    parts = {piece.role: _per_head(tensors, site, piece) for piece in _matrices(site.slices)}
+    parts = {piece.role: _per_head(tensors, site, piece) for piece in _matrices(site.tensors)}
     if not {"v", "o"} <= set(parts):
         raise ValueError(f"site {site.name!r} has roles {sorted(parts)}; circuit-cosine needs 'v' and 'o'")
     pairs = [("v", "o")]

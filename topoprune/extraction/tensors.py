@@ -28,7 +28,7 @@ def named_tensors(model: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, to
 def unit_blocks(
     tensors: Mapping[str, torch.Tensor], site: Site, piece: TensorSlice, units: np.ndarray | None = None
 ) -> torch.Tensor:
-    """Return what each unit owns of one tensor, unit-major.
+    """Return what each unit owns of one tensor, unit-major; of a shared tensor, what its run of units owns.
 
     Args:
         tensors: parameter name -> tensor, e.g. from `named_tensors`.
@@ -41,6 +41,12 @@ def unit_blocks(
         (n, w, m) tensor for a matrix, (n, w) for a vector, in the dtype of the parameter.
     """
     tensor = tensors[piece.param].movedim(piece.axis, 0)
+    if piece in site.shared:
+        # Every unit of a run has the run's part.
+        runs = tensor[piece.offset : piece.offset + site.n_groups * piece.width]
+        runs = runs.reshape(site.n_groups, piece.width, *tensor.shape[1:])
+        own = runs.repeat_interleave(site.n_units // site.n_groups, dim=0)
+        return own if units is None else own[torch.from_numpy(np.asarray(units)).to(tensor.device)]
     if units is None:
         own = tensor[piece.offset : piece.offset + site.n_units * piece.width]
     else:
@@ -60,7 +66,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], sites: Iterable[Site]) -> 
 
     Complexity: one sum over each tensor; no copy unless the sum is not finite.
     """
-    for name in dict.fromkeys(piece.param for site in sites for piece in site.slices):
+    for name in dict.fromkeys(piece.param for site in sites for piece in site.tensors):
         tensor = tensors[name]
         if tensor.is_meta:
             raise ValueError(f"parameter {name!r} has no data (meta device); load the weights first")
@@ -83,7 +89,7 @@ def weights_digest(model: nn.Module | Mapping[str, torch.Tensor], sites: Iterabl
     tensors = named_tensors(model)
     labels: dict[str, str] = {}
     for site in sites:
-        for piece in site.slices:
+        for piece in site.tensors:
             labels.setdefault(piece.param, f"{site.name}/{piece.role}")
 
     def one(name: str) -> str:

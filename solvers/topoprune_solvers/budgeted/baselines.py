@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from topoprune_solvers.base import Capabilities, register
+from topoprune_solvers.budgeted.groups import Groups
 from topoprune_solvers.problems import BudgetedDomination, SoftDomination
 from topoprune_solvers.result import baseline_order, unit_solution
 from topoprune_solvers.solution import Solution
@@ -15,7 +16,7 @@ __all__ = ["BudgetBaseline"]
 
 @dataclass(frozen=True)
 class BudgetBaseline:
-    """Keep exactly k units: the forced ones, then at random or by descending importance.
+    """Keep exactly k units: the forced ones, then at random or by descending importance what fits its group.
 
     Args:
         name: ``"random"`` or ``"magnitude"`` (ties to the lower index).
@@ -35,15 +36,19 @@ class BudgetBaseline:
         """Return k units; only `seed` matters, and only to ``"random"``."""
         assert problem.importance is not None and problem.forced is not None and problem.forbidden is not None
         order = baseline_order(self.name, problem.importance, seed)
-        spare = order[~problem.forced[order] & ~problem.forbidden[order]]
-        keep = problem.forced.copy()
-        keep[spare[: problem.k - int(problem.forced.sum())]] = True
+        keep = Groups.of(problem).extend(problem.forced, order[~problem.forbidden[order]])
         return unit_solution(problem, keep, self.name)
 
 
 def _capabilities(problem: type, name: str) -> Capabilities:
     guarantee = f"none: a baseline ({name} order)"
-    return Capabilities(problem=problem, exact=False, guarantee=guarantee, complexity="O(n log n + m)")
+    return Capabilities(
+        problem=problem,
+        exact=False,
+        guarantee=guarantee,
+        complexity="O(n log n + m)",
+        when="to see what a graph is worth",
+    )
 
 
 for _name in ("random", "magnitude"):

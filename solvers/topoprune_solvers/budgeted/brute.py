@@ -41,6 +41,8 @@ class BruteBudget:
         for chosen in combinations(free.tolist(), problem.k - int(problem.forced.sum())):
             keep = problem.forced.copy()
             keep[list(chosen)] = True
+            if problem.group is not None and problem.violation(keep) is not None:
+                continue
             value = sign * problem.objective(keep)
             tried += 1
             if best is None or value < best_value:
@@ -57,6 +59,7 @@ def _budget_capabilities(problem: type) -> Capabilities:
         guarantee="optimal, by trying every selection of k units",
         complexity="O(C(n, k) (n + m))",
         max_units=MAX_UNITS,
+        when="tests: slow and obvious",
     )
 
 

@@ -1,17 +1,19 @@
-"""Exact soft domination: enumeration where few selections exist, the facility-location program elsewhere."""
+"""Exact soft domination: relaxation, fixing by reduced gains, then enumeration or the facility-location program."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import combinations, islice
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.budgeted.facility_location import Similarity, greedy_with_bound
-from topoprune_solvers.domination.milp import HIGHS_TOLERANCE
+from topoprune_solvers.budgeted.facility_fixing import fix_units
+from topoprune_solvers.budgeted.facility_lagrangian import relax
+from topoprune_solvers.budgeted.facility_location import Prepared, greedy_with_bound
 from topoprune_solvers.problems import SoftDomination
 from topoprune_solvers.result import Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution, best_bound
@@ -19,9 +21,13 @@ from topoprune_solvers.solution import Bound, Solution, best_bound
 __all__ = ["ExactFacilityLocation", "MilpFacilityLocation"]
 
 MILP_UNITS = 200
+MILP_PAIRS = 60_000  # assignment variables HiGHS gets at most; beyond, a single LP takes minutes
 ENUMERATE = 20_000  # selections; all of 12 or 14 heads, any budget
+ENUMERATE_WORK = 2_000_000  # selections * n * k; less takes no longer than the relaxation
 _CHUNK = 2_000
 _SCALE = 1024.0  # the incumbent's value in the scaled model: makes HiGHS' absolute gap of 1e-6 a relative 1e-9
+_HIGHS_TOLERANCE = 5e-7  # relative to the incumbent: HiGHS' feasibility and gap tolerances, added to its bound
+_REFERENCE = "Cornuejols, Fisher, Nemhauser (1977), Location of bank accounts to optimize float"
 
 
 @dataclass(frozen=True)
@@ -38,93 +44,160 @@ class MilpFacilityLocation:
         guarantee="optimal to 1e-6 given time, else the incumbent with HiGHS' dual bound",
         complexity="exponential in the worst case; n + m variables in the LP",
         max_units=MILP_UNITS,
-        reference="Cornuejols, Fisher, Nemhauser (1977), Location of bank accounts to optimize float",
+        reference=_REFERENCE,
+        when="a second opinion on `exact`, up to 200 units",
     )
 
     def solve(
         self, problem: SoftDomination, *, warm_start: Any = None, time_limit: float | None = None, seed: int = 0
     ) -> Solution:
         """Return HiGHS' best selection, never worse than greedy with swaps."""
-        return _solve_milp(self.name, problem, warm_start, Deadline.after(time_limit))
+        deadline = Deadline.after(time_limit)
+        keep, bound = greedy_with_bound(problem, check_start(problem, warm_start), deadline)
+        stats: dict[str, int] = {}
+        if bound.value > problem.objective(keep) > 0 and not deadline.passed():
+            keep, proven = _milp(problem, keep, deadline, stats)
+            bound = best_bound("max", [bound, proven]) or bound
+        late = deadline.passed()
+        return unit_solution(problem, keep, self.name, bound=bound, timed_out=late, tolerance=1e-6, stats=stats)
 
 
 @dataclass(frozen=True)
 class ExactFacilityLocation:
-    """Try all selections where there are at most 20,000 (12 heads at any budget), else use the `milp` solver."""
+    """Close the gap: try all selections where they are few, else relax, fix what the gap decides, and finish.
+
+    The Lagrangian bound decides most units: one whose exchange would cost more than the gap is fixed. What
+    is left is enumerated up to 20,000 selections (12 heads at any budget have fewer from the start), or given to
+    HiGHS up to 60,000 pairs of units. Beyond that the relaxation's bound and gap stand.
+    """
 
     name: str = "exact"
     capabilities: ClassVar[Capabilities] = Capabilities(
         problem=SoftDomination,
         exact=True,
-        guarantee="optimal (above 20,000 selections: to 1e-6, given time)",
+        guarantee=(
+            "optimal given time up to 200 units (where HiGHS finishes: to 1e-6); above, optimal or the gap to the "
+            "Lagrangian bound"
+        ),
         complexity="O(C(n, k) n k) up to 20,000 selections, else exponential in the worst case",
-        max_units=MILP_UNITS,
-        reference="Cornuejols, Fisher, Nemhauser (1977), Location of bank accounts to optimize float",
+        reference=_REFERENCE,
+        when="heads: the default; give a time limit for neurons",
     )
 
     def solve(
         self, problem: SoftDomination, *, warm_start: Any = None, time_limit: float | None = None, seed: int = 0
     ) -> Solution:
         """Return an optimal selection, or the best one in time with what is proven."""
-        assert problem.forced is not None and problem.forbidden is not None
         deadline = Deadline.after(time_limit)
-        free = np.flatnonzero(~problem.forced & ~problem.forbidden)
-        count = math.comb(free.size, problem.k - int(problem.forced.sum()))
-        if count > ENUMERATE:
-            return _solve_milp(self.name, problem, warm_start, deadline)
-        keep, bound = greedy_with_bound(problem, check_start(problem, warm_start), deadline)
-        if bound.value > problem.objective(keep) and not deadline.passed():
-            keep = _enumerate(problem, free)
-            bound = Bound(problem.objective(keep), "enumeration of all selections")
-        return unit_solution(
-            problem, keep, self.name, bound=bound, timed_out=deadline.passed(), stats={"selections": count}
-        )
+        case = Prepared.of(problem)
+        keep, bound = greedy_with_bound(case, check_start(problem, warm_start), deadline)
+        stats: dict[str, int] = {}
+
+        def finish(tolerance: float = 1e-9) -> Solution:
+            late = deadline.passed()
+            return unit_solution(
+                problem, keep, self.name, bound=bound, timed_out=late, tolerance=tolerance, stats=stats
+            )
+
+        def open_gap() -> bool:
+            return bound.value > problem.objective(keep) * (1 + 1e-9) and not deadline.passed()
+
+        at_once = min(ENUMERATE, ENUMERATE_WORK // max(1, problem.n * problem.k))
+        if open_gap() and (few := _selections(case, at_once)) is not None:
+            keep, bound = _enumerate(case, few, keep, bound, deadline)
+            return finish()
+        if not open_gap():
+            return finish()
+        relaxed = relax(case, keep, deadline)
+        keep, bound = relaxed.keep, best_bound("max", [bound, relaxed.bound]) or bound
+        stats["iterations"] = relaxed.iterations
+        if not open_gap():
+            return finish()
+        smaller = Prepared(*_fixed(case, relaxed.price, keep, stats))
+        if (few := _selections(smaller, ENUMERATE)) is not None:
+            keep, bound = _enumerate(smaller, few, keep, bound, deadline)
+            return finish()
+        keep, proven = _milp(smaller.problem, keep, deadline, stats)
+        if proven is not None:
+            # Fixing only lost selections that are no better than the incumbent.
+            proven = replace(proven, value=max(proven.value, problem.objective(keep)))
+        bound = best_bound("max", [bound, proven]) or bound
+        return finish(tolerance=1e-6)
 
 
-def _enumerate(problem: SoftDomination, free: np.ndarray) -> np.ndarray:
-    """Return the first best selection in lexicographic order, evaluated in chunks. O(C(n, k) n k)."""
-    assert problem.importance is not None and problem.forced is not None
-    matrix = Similarity.of(problem).dense()
-    base = matrix[:, problem.forced].max(axis=1, initial=0.0)
-    best: tuple[int, ...] = ()
-    best_value = -np.inf
-    selections = combinations(free.tolist(), problem.k - int(problem.forced.sum()))
+def _fixed(case: Prepared, price: np.ndarray, keep: np.ndarray, stats: dict[str, int]) -> tuple[Any, Any, Any]:
+    forced, forbidden = fix_units(case, price, case.problem.objective(keep))
+    # The incumbent itself may be cut off with what is no better; the smaller problem must keep a selection.
+    forced, forbidden = forced & keep, forbidden & ~keep
+    stats["fixed"] = int((forced | forbidden).sum())
+    problem = replace(case.problem, forced=forced, forbidden=forbidden)
+    made = Prepared.of(problem)
+    return made.problem, case.service, made.groups
+
+
+def _selections(case: Prepared, limit: int) -> Iterator[tuple[int, ...]] | None:
+    assert case.problem.forced is not None and case.problem.forbidden is not None
+    free = np.flatnonzero(~case.problem.forced & ~case.problem.forbidden)
+    return case.groups.selections(case.problem.forced, free, limit)
+
+
+def _enumerate(
+    case: Prepared, selections: Iterator[tuple[int, ...]], keep: np.ndarray, bound: Bound, deadline: Deadline
+) -> tuple[np.ndarray, Bound]:
+    """Return the best selection, evaluated in chunks, and the bound that follows. O(selections n k)."""
+    problem = case.problem
+    assert problem.forced is not None
+    base = case.service.reached(problem.forced)
+    matrix = case.service.dense()
+    best: tuple[int, ...] | None = None
+    best_value = problem.objective(keep)
     while chunk := list(islice(selections, _CHUNK)):
+        if deadline.passed():
+            break
         columns = np.array(chunk, dtype=np.int64).reshape(len(chunk), -1)
         reach = np.maximum(matrix[:, columns].max(axis=2, initial=0.0), base[:, None])
-        values = problem.importance @ reach
+        values = reach.sum(axis=0)
         first = int(values.argmax())
-        if values[first] > best_value:
+        if values[first] > best_value * (1 + 1e-12):
             best, best_value = chunk[first], float(values[first])
-    keep = problem.forced.copy()
-    keep[list(best)] = True
-    return keep
+    if best is not None:
+        keep = problem.forced.copy()
+        keep[list(best)] = True
+    if not chunk:
+        bound = Bound(problem.objective(keep), "enumeration of all selections")
+    return keep, bound
 
 
-def _solve_milp(name: str, problem: SoftDomination, warm_start: Any, deadline: Deadline) -> Solution:
+def _milp(
+    problem: SoftDomination, keep: np.ndarray, deadline: Deadline, stats: dict[str, int]
+) -> tuple[np.ndarray, Bound | None]:
+    """Let HiGHS improve a selection; return the better one and HiGHS' bound, or None where it has none."""
     from scipy import sparse
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    assert problem.importance is not None and problem.forced is not None and problem.forbidden is not None
-    keep, bound = greedy_with_bound(problem, check_start(problem, warm_start), deadline)
+    case = Prepared.of(problem)
+    assert problem.forced is not None and problem.forbidden is not None
     objective = problem.objective(keep)
-    if bound.value <= objective or objective <= 0 or deadline.passed():
-        return unit_solution(problem, keep, name, bound=bound, timed_out=deadline.passed())
-    similarity = Similarity.of(problem)
-    n = problem.n
-    row = np.repeat(np.arange(n), np.diff(similarity.indptr))
-    profit = problem.importance[row] * similarity.value
-    useful = (profit > 0) & ~problem.forbidden[similarity.indices]
-    row, col, profit = row[useful], similarity.indices[useful], profit[useful]
-    scale = objective / _SCALE
+    n, service, groups = problem.n, case.service, case.groups
+    # What the forced units explain is given; only what others add to it is to be decided.
+    base = service.reached(problem.forced)
+    extra = service.gets - base[service.rows]
+    useful = (extra > 0) & ~problem.forbidden[service.indices]
+    row, col, profit = service.rows[useful], service.indices[useful], extra[useful]
     pairs = row.size
+    if not pairs or pairs > MILP_PAIRS or deadline.passed():
+        return keep, None
+    scale = objective / _SCALE
     number = np.arange(pairs)
     assign = sparse.csr_array((np.ones(pairs), (row, n + number)), shape=(n, n + pairs))
     opened = sparse.csr_array(
         (np.concatenate([np.ones(pairs), -np.ones(pairs)]), (np.tile(number, 2), np.concatenate([n + number, col]))),
         shape=(pairs, n + pairs),
     )
-    count = sparse.csr_array((np.ones(n), (np.zeros(n, dtype=np.int64), np.arange(n))), shape=(1, n + pairs))
+    # The last row counts all units, the others those of each group.
+    units, g = np.arange(n), groups.low.size
+    member = np.concatenate([groups.label, np.full(n, g)]), np.concatenate([units, units])
+    count = sparse.csr_array((np.ones(2 * n), member), shape=(g + 1, n + pairs))
     result = milp(
         -np.concatenate([np.zeros(n), profit / scale]),
         # Only the units are integral: with them fixed the best assignment is integral by itself.
@@ -135,26 +208,19 @@ def _solve_milp(name: str, problem: SoftDomination, warm_start: Any, deadline: D
         constraints=[
             LinearConstraint(assign, ub=1.0),
             LinearConstraint(opened, ub=0.0),
-            LinearConstraint(count, lb=problem.k, ub=problem.k),
+            LinearConstraint(count, lb=np.append(groups.low, problem.k), ub=np.append(groups.high, problem.k)),
         ],
         options={"mip_rel_gap": 0.0, "time_limit": deadline.remaining()},
     )
     if result.x is not None:
         found = result.x[:n] > 0.5
-        if int(found.sum()) == problem.k and problem.objective(found) > objective:
+        if problem.violation(found) is None and problem.objective(found) > objective:
             keep = found
-    proven = None
-    if result.mip_dual_bound is not None and math.isfinite(result.mip_dual_bound):
-        proven = Bound(-float(result.mip_dual_bound) * scale + HIGHS_TOLERANCE * objective, "HiGHS dual bound")
-    return unit_solution(
-        problem,
-        keep,
-        name,
-        bound=best_bound("max", [bound, proven]),
-        timed_out=result.status == 1,
-        tolerance=1e-6,
-        stats={"nodes": int(result.mip_node_count or 0)},
-    )
+    stats["nodes"] = int(result.mip_node_count or 0)
+    if result.mip_dual_bound is None or not math.isfinite(result.mip_dual_bound):
+        return keep, None
+    value = float(base.sum()) - float(result.mip_dual_bound) * scale + _HIGHS_TOLERANCE * objective
+    return keep, Bound(value, "HiGHS dual bound")
 
 
 register(MilpFacilityLocation())

@@ -15,17 +15,19 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
+from topoprune_solvers.budgeted.group_cover import greedy_in_groups
+from topoprune_solvers.budgeted.groups import Groups
 from topoprune_solvers.domination.covering import Cover, closed_rows
 from topoprune_solvers.domination.greedy import best_greedy_cover, greedy_cover
 from topoprune_solvers.domination.lagrangian import cover_bound
 from topoprune_solvers.problems import BudgetedDomination
-from topoprune_solvers.result import Deadline, check_start, fill_up, unit_solution
+from topoprune_solvers.result import Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["GreedyKCentre", "Oracle", "ThresholdSearch"]
 
-Oracle = Callable[[Cover, int, Deadline, int], "tuple[np.ndarray | None, bool]"]
-"""``(cover, k, deadline, seed) -> (keep, decided)`` for a coverable instance: a cover of at most k units, or None; with
+Oracle = Callable[[Cover, Groups, Deadline, int], "tuple[np.ndarray | None, bool]"]
+"""``(cover, groups, deadline, seed) -> (keep, decided)`` for a coverable instance: an extendable cover, or None; with
 ``decided`` True a None is a proof that there is none."""
 
 
@@ -42,9 +44,10 @@ class GreedyKCentre:
     capabilities: ClassVar[Capabilities] = Capabilities(
         problem=BudgetedDomination,
         exact=False,
-        guarantee="the radius greedy needs at k units, with a lower bound by duality",
+        guarantee="the radius greedy needs at k units, with a lower bound by duality (without the groups)",
         complexity="O((n + m) log n log m)",
         reference="Hochbaum and Shmoys (1985), A best possible heuristic for the k-center problem",
+        when="neurons, or a first answer in milliseconds",
     )
 
     def solve(
@@ -67,11 +70,12 @@ class ThresholdSearch:
     def __init__(self, problem: BudgetedDomination, deadline: Deadline) -> None:
         assert problem.weight is not None and problem.forced is not None and problem.forbidden is not None
         self.problem, self.deadline = problem, deadline
+        self.groups = Groups.of(problem)
         self.thresholds = np.unique(problem.weight)
         self.refuted = -1
         self.tried = 0
         self.timed_out = False
-        self.keep = fill_up(problem, problem.forced)
+        self.keep = self.groups.fill(problem, problem.forced)
         self.objective = problem.objective(self.keep)
         indptr, indices, positions = closed_rows(problem.indptr, problem.indices)
         weight = np.full(indices.size, -1.0)  # a unit always covers itself
@@ -85,7 +89,8 @@ class ThresholdSearch:
         if problem.k == problem.n:
             return search
         if start is not None:
-            search.offer(_trim(problem, start))
+            assert problem.importance is not None
+            search.offer(search.groups.cut(problem, start, problem.importance))
         search.greedy_phase()
         return search
 
@@ -100,7 +105,7 @@ class ThresholdSearch:
 
     def offer(self, keep: np.ndarray) -> None:
         """Fill a selection up to k units and keep it if its radius is smaller."""
-        full = fill_up(self.problem, keep)
+        full = self.groups.fill(self.problem, keep)
         objective = self.problem.objective(full)
         if objective < self.objective:
             self.keep, self.objective = full, objective
@@ -121,7 +126,7 @@ class ThresholdSearch:
             middle = high - 1 if high == len(self.thresholds) else (low + high) // 2
             cover = self.cover_at(middle)
             self.tried += 1
-            if cover.coverable() and (keep := best_greedy_cover(cover)).sum() <= self.problem.k:
+            if cover.coverable() and (keep := self.greedy_at(cover)) is not None:
                 self.offer(keep)
                 high = min(middle, self.reached())
             elif high == len(self.thresholds):
@@ -129,9 +134,23 @@ class ThresholdSearch:
             else:
                 low = middle
         if math.isinf(self.objective) and len(self.thresholds):
-            most = greedy_cover(self.cover_at(len(self.thresholds) - 1), limit=self.problem.k)
-            self.keep = fill_up(self.problem, most)
+            widest = self.cover_at(len(self.thresholds) - 1)
+            if self.groups.single:
+                most = greedy_cover(widest, limit=self.problem.k)
+            else:
+                most = greedy_in_groups(widest, self.groups, self.deadline)
+            self.keep = self.groups.fill(self.problem, most)
             self.objective = self.problem.objective(self.keep)
+
+    def greedy_at(self, cover: Cover) -> np.ndarray | None:
+        """Return a cover that greedy finds within k and the groups' bounds, or None."""
+        keep = best_greedy_cover(cover)
+        if self.groups.extendable(keep):
+            return keep
+        if self.groups.single:
+            return None
+        keep = greedy_in_groups(cover, self.groups, self.deadline)
+        return keep if np.all(cover.counts(keep) > 0) else None
 
     def raise_bound(self) -> None:
         """Bisect for the largest threshold that the dual bounds refute."""
@@ -159,7 +178,7 @@ class ThresholdSearch:
             if self.too_small(cover):
                 self.refute(middle)
                 continue
-            keep, decided = oracle(cover, self.problem.k, self.deadline, seed)
+            keep, decided = oracle(cover, self.groups, self.deadline, seed)
             if keep is not None:
                 self.offer(keep)
                 assert self.reached() <= middle, "a superset of a cover has no larger radius"
@@ -187,18 +206,6 @@ class ThresholdSearch:
         return unit_solution(
             problem, self.keep, solver, bound=bound, timed_out=self.timed_out, stats={"thresholds_tried": self.tried}
         )
-
-
-def _trim(problem: BudgetedDomination, start: np.ndarray) -> np.ndarray:
-    """Drop the least important unforced units of a selection until at most k stay."""
-    assert problem.importance is not None and problem.forced is not None
-    surplus = int(start.sum()) - problem.k
-    if surplus <= 0:
-        return start
-    units = np.flatnonzero(start & ~problem.forced)
-    trimmed = start.copy()
-    trimmed[units[np.lexsort((-units, problem.importance[units]))][:surplus]] = False
-    return trimmed
 
 
 register(GreedyKCentre())

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
+from topoprune_solvers.budgeted.group_cover import cover_in_groups, cover_with_cp_sat
+from topoprune_solvers.budgeted.groups import Groups
 from topoprune_solvers.budgeted.k_centre import Oracle, ThresholdSearch
 from topoprune_solvers.domination.covering import Cover
-from topoprune_solvers.domination.cp_sat import cover_rows, cp_sat_cover
 from topoprune_solvers.domination.exact import minimum_cover
 from topoprune_solvers.domination.greedy import best_greedy_cover
 from topoprune_solvers.problems import BudgetedDomination
@@ -35,6 +36,7 @@ class ExactKCentre:
         guarantee="optimal given time (above 64 units a component: if OR-Tools is installed)",
         complexity="O(log m) exact dominating-set decisions",
         reference="Minieka (1970), The m-center problem, SIAM Review 12",
+        when="heads: the default; neurons with a time limit",
     )
 
     def solve(
@@ -47,7 +49,7 @@ class ExactKCentre:
 
 @dataclass(frozen=True)
 class CpSatKCentre:
-    """The same search with CP-SAT deciding each threshold (one worker: see `CpSatDominatingSet`)."""
+    """The same search with CP-SAT deciding each threshold (one worker, so that runs repeat)."""
 
     name: str = "cp-sat"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -57,6 +59,7 @@ class CpSatKCentre:
         complexity="O(log m) CP-SAT decisions",
         requires=("ortools",),
         reference="Perron, Didier, Gay (2023), The CP-SAT-LP solver, CP 2023",
+        when="a second opinion on `exact`",
     )
 
     def solve(
@@ -67,31 +70,24 @@ class CpSatKCentre:
         return _solve(self.name, problem, cp_sat_oracle, source, warm_start, time_limit, seed)
 
 
-def exact_oracle(cover: Cover, k: int, deadline: Deadline, seed: int) -> tuple[np.ndarray | None, bool]:
-    """Decide by reductions, components and search whether k units can cover an instance."""
-    outcome = minimum_cover(cover, cutoff=float(k), deadline=deadline, seed=seed)
-    return outcome.keep, outcome.complete
+def exact_oracle(cover: Cover, groups: Groups, deadline: Deadline, seed: int) -> tuple[np.ndarray | None, bool]:
+    """Decide by reductions, components and search whether k units within the groups' bounds can cover an instance."""
+    if not groups.single and groups.separate(cover.indptr, cover.indices):
+        return cover_in_groups(cover, groups, deadline, seed)
+    outcome = minimum_cover(cover, cutoff=float(groups.k), deadline=deadline, seed=seed)
+    if outcome.keep is None:
+        return None, outcome.complete
+    if groups.extendable(outcome.keep):
+        return outcome.keep, True
+    return cover_in_groups(cover, groups, deadline, seed)
 
 
-def cp_sat_oracle(cover: Cover, k: int, deadline: Deadline, seed: int) -> tuple[np.ndarray | None, bool]:
-    """Decide by CP-SAT whether k units can cover an instance; greedy is asked first."""
+def cp_sat_oracle(cover: Cover, groups: Groups, deadline: Deadline, seed: int) -> tuple[np.ndarray | None, bool]:
+    """Decide by CP-SAT whether k units within the groups' bounds can cover an instance; greedy is asked first."""
     keep = best_greedy_cover(cover)
-    if keep.sum() <= k:
+    if groups.extendable(keep):
         return keep, True
-    part = cover_rows(cover)
-    outcome = cp_sat_cover(
-        part.rows,
-        cover.cost[part.units],
-        hint=keep[part.units],
-        at_most=k - int(cover.forced.sum()),
-        deadline=deadline,
-        seed=seed,
-    )
-    if outcome.chosen is None:
-        return None, outcome.proven
-    found = cover.forced.copy()
-    found[part.units[outcome.chosen]] = True
-    return found, True
+    return cover_with_cp_sat(cover, groups, deadline, seed)
 
 
 def _solve(

@@ -1,177 +1,369 @@
-"""Branch and bound for small set-cover instances on Python integers as bit sets."""
+"""Branch and bound for covering instances of up to 64 candidates and elements, on bit sets.
+
+Runs on Python ints or, compiled, on uint64 arrays: see `bitset_reductions` for the rules and the names. Further
+names: `price[e]` >= 0 is the dual price of an element, `reduced[c]` the cost of a candidate less the prices of its
+elements; `state` holds what a search knows (see the constants).
+
+References: Balas and Ho (1980), Set covering algorithms using cutting planes, heuristics and subgradient
+optimization, Math. Prog. Study 12; Wedelin (1995), An algorithm for large scale 0-1 integer programming with
+application to airline crew scheduling, Annals of OR 57 (prices between the two best values).
+"""
 
 from __future__ import annotations
 
-import heapq
 import math
-from dataclasses import dataclass
+from typing import Any
 
-from topoprune_solvers.domination.reductions import Component, bits
-from topoprune_solvers.result import NEVER, Deadline
-from topoprune_solvers.scaling import is_integral
+from topoprune_solvers.domination.bitset_reductions import (
+    component,
+    cost_step,
+    cover_greedily,
+    lowest,
+    reduce_node,
+    size,
+    take,
+    total,
+)
 
-__all__ = ["SearchOutcome", "branch_and_bound"]
+__all__ = ["STACK", "cover_search"]
+
+STACK = 68  # each branching takes a candidate from both children and leaves one of them waiting
+ROOT_SWEEPS, SWEEPS = 40, 2  # at most this many rounds of price improvement at the first and at the other nodes
+SHARE = 0.6  # where between the two best values a price goes; measured on similarity and random graphs
+PROGRESS = 0.002  # of the room: a round that gains less is the last
+ROUNDING = 1e-11  # relative to the sum of prices: far above the error of some thousand additions
+
+# state masks: best choice of the component, units taken in all, elements and units of components not begun
+BEST_CHOICE, TAKEN, LATER_ELEMENTS, LATER_UNITS = 0, 1, 2, 3
+# state numbers: best value of the component, largest value of interest, step between values, value that is good
+# enough, cost of TAKEN, lower bound on the whole, largest cost of interest for the whole
+BEST, LIMIT, STEP, ENOUGH, SPENT, BOUND, CUTOFF = 0, 1, 2, 3, 4, 5, 6
+# state counters: nodes waiting, nodes visited, 1 before the first node of a component, 1 after the reductions,
+# 1 while every search was finished, 1 while there is a cover within the cutoff, components begun
+WAITING, NODES, FRESH, STARTED, COMPLETE, FOUND, COMPONENTS = 0, 1, 2, 3, 4, 5, 6
+# a waiting node: masks of elements, units, choice; values spent and lower bound
+ELEMENTS, UNITS, CHOICE = 0, 1, 2
 
 
-@dataclass(frozen=True)
-class SearchOutcome:
-    """End of a search.
-
-    Args:
-        chosen: bit set of local candidates, or None if none within the cutoff was found.
-        value: cost of `chosen`, inf without one.
-        bound: lower bound on the optimum (above the cutoff: a proof that none is within it).
-        complete: True if the search finished.
-        nodes: search nodes visited.
-    """
-
-    chosen: int | None
-    value: float
-    bound: float
-    complete: bool
-    nodes: int
-
-
-class _Stop(Exception):
-    """Time or node limit reached, or the first good enough cover found."""
-
-
-def branch_and_bound(
-    part: Component,
-    *,
-    cutoff: float = math.inf,
-    good_enough: float = -math.inf,
-    deadline: Deadline = NEVER,
-    node_limit: int | None = None,
-) -> SearchOutcome:
-    """Find a cheapest cover of one component, among those that cost at most `cutoff`.
-
-    Each node computes a dual ascent (elements with few candidates first) and a size bound; it drops the
-    candidates whose reduced cost exceeds what is still affordable, and branches on the candidates of
-    the element with fewest of them, each later branch without the earlier candidates.
+def cover_search(instance: Any, stack: Any, work: Any, state: Any, node_limit: int, hurry: bool) -> bool:
+    """Find a cheapest cover: reduce, split into components, search each.
 
     Args:
-        part: the instance; fast up to about 64 candidates. cutoff: largest cost of interest.
-        good_enough: stop at the first cover that costs at most this.
+        instance: rows, cols, cost, bit. stack: masks, values, prices and needs of the waiting nodes.
+        work: price, reduced, need, scratch, wanted (the need of each element; overwritten).
+        state: masks, numbers, counters; at the start all zero but the elements and units of the instance,
+            the cutoff, and COMPLETE = FOUND = 1.
+        node_limit: number of nodes, over all components, after which to pause.
+        hurry: at the limit settle for the incumbent of each component instead of pausing.
 
-    Complexity: exponential in the worst case; well under 1 ms for 12 units.
-    References: Balas and Ho (1980), Set covering algorithms using cutting planes, heuristics and
-        subgradient optimization, Math. Prog. Study 12.
+    Returns:
+        True when done; False at the node limit: call again with a larger one to go on.
+
+    Complexity: exponential in the worst case; some microseconds for 12 units, below 0.1 ms for most similarity graphs
+        of 64 units.
     """
-    search = _Search(part, cutoff, good_enough, deadline, node_limit)
-    everything, available = (1 << len(part.rows)) - 1, (1 << len(part.columns)) - 1
-    root_bound, _ = search.lower_bound(everything, available, math.inf)
-    search.try_greedy(everything, available)
-    complete = True
-    try:
-        search.check_good_enough()
-        search.branch(everything, available, 0.0, 0)
-    except _Stop:
-        complete = search.value <= good_enough
-    if search.chosen is None:
-        bound = max(root_bound, math.nextafter(cutoff, math.inf)) if complete else root_bound
-        return SearchOutcome(None, math.inf, bound, complete, search.nodes)
-    stopped_early = search.value <= good_enough
-    bound = search.value if complete and not stopped_early else min(root_bound, search.value)
-    return SearchOutcome(search.chosen, search.value, bound, complete, search.nodes)
+    rows, cols, cost, bit = instance
+    masks, numbers, counters = state
+    wanted = work[4]
+    none = bit[0] ^ bit[0]
+    if counters[STARTED] == 0:
+        counters[STARTED] = 1
+        elements, units = masks[LATER_ELEMENTS], masks[LATER_UNITS]
+        numbers[STEP] = cost_step(cost, bit, units)
+        free = none
+        rest = units
+        while rest:
+            c = lowest(rest)
+            rest ^= bit[c]
+            if cost[c] <= 0.0:
+                free |= bit[c]
+                elements = take(cols, wanted, bit, elements, c)
+        feasible, elements, units, chosen, value = reduce_node(rows, cols, cost, wanted, bit, elements, units & ~free)
+        masks[TAKEN] = chosen | free
+        numbers[SPENT] = numbers[BOUND] = value
+        masks[LATER_ELEMENTS], masks[LATER_UNITS] = elements, units
+        if not feasible or value > numbers[CUTOFF]:
+            counters[FOUND] = 0
+            return True
+    while masks[LATER_ELEMENTS] != none or counters[WAITING] > 0:
+        if counters[WAITING] == 0:
+            elements, units = component(rows, cols, bit, masks[LATER_ELEMENTS], masks[LATER_UNITS])
+            masks[LATER_ELEMENTS] &= ~elements
+            masks[LATER_UNITS] &= ~units
+            counters[COMPONENTS] += 1
+            numbers[BEST] = math.inf
+            numbers[LIMIT] = numbers[CUTOFF] - numbers[SPENT]
+            deciding = masks[LATER_ELEMENTS] == none and numbers[CUTOFF] < math.inf
+            numbers[ENOUGH] = numbers[LIMIT] if deciding else -math.inf
+            begin(instance, stack, work, state, elements, units)
+        if not search(instance, stack, work, state, node_limit):
+            if not hurry:
+                return False
+            counters[COMPLETE] = 0
+        lower = numbers[BEST]
+        for depth in range(counters[WAITING]):
+            lower = min(lower, stack[1][depth][1])
+        step = numbers[STEP]
+        if step > 0.0 and lower < numbers[BEST]:
+            lower = min(numbers[BEST], math.ceil(lower / step - 1e-6) * step * (1.0 - 1e-15))
+        counters[WAITING] = 0
+        if numbers[BEST] == math.inf:
+            counters[FOUND] = 0
+            return True
+        masks[TAKEN] |= masks[BEST_CHOICE]
+        numbers[SPENT] += numbers[BEST]
+        numbers[BOUND] += lower
+    return True
 
 
-class _Search:
-    """State of one search: the incumbent and the largest cost that still interests (`limit`)."""
+def begin(instance: Any, stack: Any, work: Any, state: Any, elements: Any, units: Any) -> None:
+    """Set up the search of one component: the greedy cover as incumbent, degree prices, the root on the stack."""
+    rows, cols, cost, bit = instance
+    price, _, _, scratch, wanted = work
+    chosen = cover_greedily(rows, cols, cost, wanted, scratch, bit, elements, units)
+    accept(state, chosen, total(cost, bit, chosen))
+    rest = elements
+    while rest:
+        e = lowest(rest)
+        rest ^= bit[e]
+        row = rows[e] & units
+        least = math.inf
+        while row:
+            c = lowest(row)
+            row ^= bit[c]
+            least = min(least, cost[c] / size(cols[c] & elements))
+        price[e] = least
+    state[2][FRESH] = 1
+    push(stack, state, price, wanted, elements, units, bit[0] ^ bit[0], 0.0, 0.0)
 
-    def __init__(
-        self, part: Component, cutoff: float, good_enough: float, deadline: Deadline, node_limit: int | None
-    ) -> None:
-        self.rows, self.columns, self.cost = part.rows, part.columns, part.cost.tolist()
-        self.order = sorted(range(len(self.rows)), key=lambda element: self.rows[element].bit_count())
-        self.integral = is_integral(part.cost)
-        self.limit = cutoff
-        self.good_enough, self.deadline, self.node_limit = good_enough, deadline, node_limit
-        self.chosen: int | None = None
-        self.value = math.inf
-        self.nodes = 0
 
-    def accept(self, chosen: int, value: float) -> None:
-        """Take a cover as the new incumbent; from now on only better ones are of interest."""
-        self.chosen, self.value = chosen, value
-        self.limit = value - 1 if self.integral else value * (1 - 1e-12)
+def search(instance: Any, stack: Any, work: Any, state: Any, node_limit: int) -> bool:
+    """Work through the waiting nodes; return False when the node limit came first."""
+    rows, cols, cost, bit = instance
+    stack_masks, stack_values, stack_price, stack_need = stack
+    price, reduced, need, _, _ = work
+    _, numbers, counters = state
+    while counters[WAITING] > 0:
+        if numbers[BEST] <= numbers[ENOUGH]:
+            return True
+        depth = counters[WAITING] - 1
+        spent, lower = stack_values[depth][0], stack_values[depth][1]
+        if lower > numbers[LIMIT]:
+            counters[WAITING] = depth
+            continue
+        fresh = counters[FRESH] == 1
+        if not fresh and counters[NODES] >= node_limit:
+            return False
+        counters[NODES] += 1
+        counters[FRESH] = 0
+        counters[WAITING] = depth
+        elements = stack_masks[depth][ELEMENTS]
+        units = stack_masks[depth][UNITS]
+        choice = stack_masks[depth][CHOICE]
+        for e in range(len(price)):
+            price[e] = stack_price[depth][e]
+            need[e] = stack_need[depth][e]
+        alive = True
+        while alive:
+            feasible, elements, units, chosen, value = reduce_node(rows, cols, cost, need, bit, elements, units)
+            choice |= chosen
+            spent += value
+            if feasible and not elements:
+                accept(state, choice, spent)
+            if not feasible or not elements or spent > numbers[LIMIT]:
+                alive = False
+                break
+            room = numbers[LIMIT] - spent
+            bound, drop, must = bound_node(
+                rows, cols, cost, need, bit, elements, units, price, reduced, room, ROOT_SWEEPS if fresh else SWEEPS
+            )
+            lower = max(lower, spent + bound)
+            alive = bound <= room
+            if not drop and not must:
+                break
+            units &= ~(drop | must)
+            choice |= must
+            while must:
+                c = lowest(must)
+                must ^= bit[c]
+                spent += cost[c]
+                elements = take(cols, need, bit, elements, c)
+        if alive:
+            c = branching_unit(rows, cols, cost, need, bit, elements, units)
+            units ^= bit[c]
+            push(stack, state, price, need, elements, units, choice, spent, lower)
+            elements = take(cols, need, bit, elements, c)
+            push(stack, state, price, need, elements, units, choice | bit[c], spent + cost[c], lower)
+    return True
 
-    def check_good_enough(self) -> None:
-        if self.value <= self.good_enough:
-            raise _Stop
 
-    def try_greedy(self, uncovered: int, available: int) -> None:
-        chosen, value = 0, 0.0
-        queue = [(self.cost[unit] / self.columns[unit].bit_count(), unit) for unit in bits(available)]
-        heapq.heapify(queue)
-        while uncovered:
-            rate, unit = heapq.heappop(queue)
-            fresh = (self.columns[unit] & uncovered).bit_count()
-            if not fresh:
-                continue
-            if self.cost[unit] / fresh > rate:
-                heapq.heappush(queue, (self.cost[unit] / fresh, unit))
-                continue
-            chosen |= 1 << unit
-            value += self.cost[unit]
-            uncovered &= ~self.columns[unit]
-        if value <= self.limit:
-            self.accept(chosen, value)
+def bound_node(
+    rows: Any,
+    cols: Any,
+    cost: Any,
+    need: Any,
+    bit: Any,
+    elements: Any,
+    units: Any,
+    price: Any,
+    reduced: Any,
+    room: float,
+    sweeps: int,
+) -> tuple[float, Any, Any]:
+    """Return a lower bound on covering the rest, the candidates to drop and those to take for a cover within `room`.
 
-    def lower_bound(self, uncovered: int, available: int, room: float) -> tuple[float, int]:
-        """Return a bound on covering the rest and the candidates that can still be part of a cover within `room`."""
-        rows, slack = self.rows, self.cost.copy()
-        total, tight = 0.0, 0
-        for element in self.order:
-            if not uncovered >> element & 1:
-                continue
-            candidates = rows[element] & available
-            if candidates & tight:
-                continue
-            if not candidates:
-                return math.inf, 0
-            members = list(bits(candidates))
-            rise = min(slack[unit] for unit in members)
-            total += rise
-            for unit in members:
-                slack[unit] -= rise
-                if slack[unit] <= 0:
-                    tight |= 1 << unit
-        if total > room:
-            return total, 0
-        best_rate = math.inf
-        affordable = available
-        for unit in bits(available):
-            size = (self.columns[unit] & uncovered).bit_count()
-            if not size or total + slack[unit] > room:
-                affordable ^= 1 << unit
-            elif self.cost[unit] / size < best_rate:
-                best_rate = self.cost[unit] / size
-        if best_rate < math.inf:
-            total = max(total, best_rate * uncovered.bit_count() * (1 - 1e-12))
-        return total, affordable
+    A bound above `room` ends the node; otherwise a candidate goes (or must be taken) where the bound plus the
+    size of its reduced cost exceeds the room.
+    """
+    rest = units
+    while rest:
+        c = lowest(rest)
+        rest ^= bit[c]
+        left = cost[c]
+        col = cols[c] & elements
+        while col:
+            e = lowest(col)
+            col ^= bit[e]
+            left -= price[e]
+        reduced[c] = left
+    none = bit[0] ^ bit[0]
+    bound = before = -1.0
+    for _ in range(sweeps):
+        sweep(rows, cols, need, bit, elements, units, price, reduced, SHARE)
+        prices = 0.0
+        rest = elements
+        while rest:
+            e = lowest(rest)
+            rest ^= bit[e]
+            prices += need[e] * price[e]
+        bound = prices * (1.0 - ROUNDING)
+        rest = units
+        while rest:
+            c = lowest(rest)
+            rest ^= bit[c]
+            if reduced[c] < 0.0:
+                bound += reduced[c]
+        if bound > room or bound - before < PROGRESS * room:
+            break
+        before = bound
+    if bound > room:
+        return bound, none, none
+    drop = take = none
+    rest = units
+    while rest:
+        c = lowest(rest)
+        rest ^= bit[c]
+        if reduced[c] > 0.0 and bound + reduced[c] > room:
+            drop |= bit[c]
+        elif reduced[c] < 0.0 and bound - reduced[c] > room:
+            take |= bit[c]
+    return bound, drop, take
 
-    def branch(self, uncovered: int, available: int, value: float, chosen: int) -> None:
-        self.nodes += 1
-        if self.nodes % 64 == 0 and self.deadline.passed():
-            raise _Stop
-        if self.node_limit is not None and self.nodes > self.node_limit:
-            raise _Stop
-        if not uncovered:
-            if value <= self.limit:
-                self.accept(chosen, value)
-                self.check_good_enough()
-            return
-        bound, available = self.lower_bound(uncovered, available, self.limit - value)
-        if value + bound > self.limit:
-            return
-        candidates = min(
-            (self.rows[element] & available for element in bits(uncovered)), key=lambda mask: mask.bit_count()
-        )
-        ranked = sorted(
-            bits(candidates),
-            key=lambda unit: (self.cost[unit] / max(1, (self.columns[unit] & uncovered).bit_count()), unit),
-        )
-        for unit in ranked:
-            available &= ~(1 << unit)
-            self.branch(uncovered & ~self.columns[unit], available, value + self.cost[unit], chosen | 1 << unit)
+
+def sweep(
+    rows: Any, cols: Any, need: Any, bit: Any, elements: Any, units: Any, price: Any, reduced: Any, share: float
+) -> None:
+    """Improve the price of each element in turn, the others fixed; the dual bound never falls.
+
+    With `need` r the bound is largest anywhere between the r-th and the next smallest of the values
+    ``reduced + price`` of its candidates; `share` in [0, 1) says where to go in between. Away from the
+    corner 0 the ascent does not get stuck as early.
+    """
+    left = elements
+    while left:
+        e = lowest(left)
+        left ^= bit[e]
+        low, high = _two_values(rows[e] & units, need[e], reduced, bit)
+        old = price[e]
+        new = max(0.0, old + low + share * (high - low))
+        if new != old:
+            price[e] = new
+            row = rows[e] & units
+            while row:
+                c = lowest(row)
+                row ^= bit[c]
+                reduced[c] -= new - old
+
+
+def _two_values(row: Any, rank: Any, reduced: Any, bit: Any) -> tuple[Any, Any]:
+    """Return the rank-th smallest reduced cost of a row of more than `rank` candidates, and the next one."""
+    low = high = 0.0
+    if rank == 1:
+        c = lowest(row)
+        row ^= bit[c]
+        low = reduced[c]
+        c = lowest(row)
+        row ^= bit[c]
+        high = reduced[c]
+        if high < low:
+            low, high = high, low
+        while row:
+            c = lowest(row)
+            row ^= bit[c]
+            v = reduced[c]
+            if v < high:
+                if v < low:
+                    low, high = v, low
+                else:
+                    high = v
+        return low, high
+    for _ in range(rank + 1):
+        low = high
+        smallest = lowest(row)
+        rest = row
+        while rest:
+            c = lowest(rest)
+            rest ^= bit[c]
+            if reduced[c] < reduced[smallest]:
+                smallest = c
+        row ^= bit[smallest]
+        high = reduced[smallest]
+    return low, high
+
+
+def branching_unit(rows: Any, cols: Any, cost: Any, need: Any, bit: Any, elements: Any, units: Any) -> Any:
+    """Return the candidate to branch on: of an element with fewest candidates the one that covers most per cost."""
+    narrow, fewest = -1, 0
+    rest = elements
+    while rest:
+        e = lowest(rest)
+        rest ^= bit[e]
+        count = size(rows[e] & units) - need[e]
+        if narrow < 0 or count < fewest:
+            narrow, fewest = e, count
+    best, best_count, best_cost = -1, 0, 0.0
+    rest = rows[narrow] & units
+    while rest:
+        c = lowest(rest)
+        rest ^= bit[c]
+        count = size(cols[c] & elements)
+        if best < 0 or count * best_cost > best_count * cost[c]:
+            best, best_count, best_cost = c, count, cost[c]
+    return best
+
+
+def accept(state: Any, choice: Any, value: float) -> None:
+    """Make a cover the incumbent if its value is still of interest; from now on only better ones are."""
+    masks, numbers, _ = state
+    if value <= numbers[LIMIT]:
+        masks[BEST_CHOICE] = choice
+        numbers[BEST] = value
+        step = numbers[STEP]
+        numbers[LIMIT] = value - step * (1.0 - 1e-9) if step > 0.0 else value * (1.0 - 1e-12)
+
+
+def push(
+    stack: Any, state: Any, price: Any, need: Any, elements: Any, units: Any, choice: Any, spent: float, bound: float
+) -> None:
+    """Let a node wait."""
+    masks, values, prices, needs = stack
+    depth = state[2][WAITING]
+    masks[depth][ELEMENTS] = elements
+    masks[depth][UNITS] = units
+    masks[depth][CHOICE] = choice
+    values[depth][0] = spent
+    values[depth][1] = bound
+    for e in range(len(price)):
+        prices[depth][e] = price[e]
+        needs[depth][e] = need[e]
+    state[2][WAITING] = depth + 1

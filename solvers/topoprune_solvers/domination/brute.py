@@ -19,14 +19,15 @@ MAX_UNITS = 20
 
 @dataclass(frozen=True)
 class BruteDominatingSet:
-    """Try all subsets of at most 20 units; ignores the time limit (about a second at 20 units)."""
+    """Try all subsets of at most 20 units; ignores the time limit (about half a second at 20 units)."""
 
     name: str = "brute"
     capabilities: ClassVar[Capabilities] = Capabilities(
         problem=DominatingSet,
         exact=True,
         guarantee="optimal, by trying every subset",
-        complexity="O(2^n)",
+        complexity="O(2^n n)",
+        when="a check of other solvers on at most 20 units",
         max_units=MAX_UNITS,
     )
 
@@ -35,30 +36,34 @@ class BruteDominatingSet:
     ) -> Solution:
         """Return the first cheapest cover in order of the subsets' binary numbers."""
         assert problem.cost is not None and problem.forced is not None and problem.forbidden is not None
+        assert problem.demand is not None and not isinstance(problem.demand, int)
         n = problem.n
-        closed = [(1 << i) | sum(1 << j for j in problem.neighbours(i).tolist()) for i in range(n)]
+        subset = np.arange(1 << n, dtype=np.uint32)
+        total = np.zeros(1)
+        for cost in problem.cost.tolist():
+            total = np.concatenate([total, total + cost])
         forced, forbidden = _bits(problem.forced), _bits(problem.forbidden)
-        cost = problem.cost.tolist()
-        covered, total = [0] * (1 << n), [0.0] * (1 << n)
-        best = None
-        for subset in range(1 << n):
-            if subset:
-                unit = subset.bit_length() - 1
-                rest = subset ^ (1 << unit)
-                covered[subset] = covered[rest] | closed[unit]
-                total[subset] = total[rest] + cost[unit]
-            if covered[subset] != (1 << n) - 1 or subset & forbidden or subset & forced != forced:
-                continue
-            if best is None or total[subset] < total[best]:
-                best = subset
-        assert best is not None, "the problem was checked to have a cover"
+        feasible = (subset & forced == forced) & (subset & forbidden == 0)
+        for unit, demand in enumerate(problem.demand.tolist()):
+            closed = np.uint32((1 << unit) | sum(1 << other for other in problem.neighbours(unit).tolist()))
+            feasible &= _count_bits(subset & closed) >= demand
+        candidates = np.flatnonzero(feasible)
+        assert candidates.size, "the problem was checked to have a cover"
+        best = int(candidates[np.argmin(total[candidates])])
         keep = np.array([best >> i & 1 for i in range(n)], dtype=bool)
         bound = Bound(problem.objective(keep), "enumeration of all subsets")
         return unit_solution(problem, keep, self.name, bound=bound, stats={"subsets": 1 << n})
 
 
-def _bits(mask: np.ndarray) -> int:
-    return sum(1 << i for i in np.flatnonzero(mask).tolist())
+def _bits(mask: np.ndarray) -> np.uint32:
+    return np.uint32(sum(1 << i for i in np.flatnonzero(mask).tolist()))
+
+
+def _count_bits(words: np.ndarray) -> np.ndarray:
+    table = np.zeros(1, dtype=np.uint8)
+    for _ in range(10):
+        table = np.concatenate([table, table + np.uint8(1)])
+    return table[words & np.uint32(1023)] + table[words >> np.uint32(10)]
 
 
 register(BruteDominatingSet())

@@ -1,9 +1,11 @@
-"""Exact dominating sets: reductions, components, branch and bound, CP-SAT for what stays large."""
+"""Exact dominating sets: bit sets for up to 64 units, all layers of a model in one call; a large path above."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -11,56 +13,199 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.domination.branch_and_bound import SearchOutcome, branch_and_bound
-from topoprune_solvers.domination.covering import Cover, cover_of
-from topoprune_solvers.domination.cp_sat import cp_sat_cover
+from topoprune_solvers.compiled import enabled
+from topoprune_solvers.domination.bitset_batch import MOST_UNITS, Workspace
+from topoprune_solvers.domination.branch_and_bound import (
+    BOUND,
+    COMPLETE,
+    COMPONENTS,
+    CUTOFF,
+    FOUND,
+    LATER_ELEMENTS,
+    LATER_UNITS,
+    NODES,
+    TAKEN,
+)
+from topoprune_solvers.domination.covering import Cover, SetCover, cover_of, open_part
 from topoprune_solvers.domination.greedy import best_greedy_cover, prune_redundant
 from topoprune_solvers.domination.lagrangian import EFFORT, cover_bound
-from topoprune_solvers.domination.reductions import Component, bits, reduce_cover
 from topoprune_solvers.problems import DominatingSet
-from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
-from topoprune_solvers.solution import Bound, Solution, best_bound
+from topoprune_solvers.result import NEVER, Deadline, check_start, stopped_status, unit_solution
+from topoprune_solvers.solution import Bound, Solution, Status, best_bound
 
-__all__ = ["CoverOutcome", "ExactDominatingSet", "minimum_cover"]
+__all__ = ["CoverOutcome", "ExactDominatingSet", "minimum_cover", "search_small"]
 
-BITSET_UNITS = 64  # largest component for the branch and bound in Python
-HANDOVER_NODES = 20_000  # about a second; CP-SAT is the better tool for what is still open then
+
+@dataclass(frozen=True)
+class _Effort:
+    """Search nodes of one problem in a batch, of a call, between two looks at the clock, and until hand-over."""
+
+    batch: int
+    call: int
+    chunk: int
+    handover: int
+
+
+# A node takes about 10 us compiled and 1 ms in Python.
+COMPILED = _Effort(batch=2_000, call=4_000, chunk=2_000, handover=200_000)
+PYTHON = _Effort(batch=20, call=40, chunk=20, handover=5_000)
 
 
 @dataclass(frozen=True)
 class ExactDominatingSet:
-    """Reduce, split into components, search each: bit sets up to 64 units, CP-SAT above.
+    """Reduce, split into components, search each: branch and bound on bit sets up to 64 units, the large path above.
 
-    Without OR-Tools a component above 64 units is left to greedy, so the result may be FEASIBLE
-    with a dual-ascent bound; the package stays optional.
+    `solve_many` solves all problems of at most 64 units in one compiled call where numba is installed; without it
+    the same functions run in Python and take the same decisions. What exceeds the node budget of the batch is
+    searched on its own under the time limit and handed to the large path if it stays hard.
     """
 
     name: str = "exact"
     capabilities: ClassVar[Capabilities] = Capabilities(
         problem=DominatingSet,
         exact=True,
-        guarantee="optimal given time (above 64 units a component: if OR-Tools is installed)",
-        complexity="exponential in the worst case; well under 1 ms for 12 units",
+        guarantee="optimal given time; when it runs out, a cover with a proven lower bound",
+        complexity="exponential in the worst case; about 0.01 ms for 12 units, 0.1 ms for 64 (compiled)",
         reference="Balas and Ho (1980), Set covering algorithms; Weihe (1998) for the reductions",
+        when="head graphs: always; larger graphs: when the proof is worth seconds",
     )
 
     def solve(
         self, problem: DominatingSet, *, warm_start: Any = None, time_limit: float | None = None, seed: int = 0
     ) -> Solution:
         """Return an optimal cover, or the best one in time, never worse than the repaired warm start."""
+        return self.solve_many([problem], warm_starts=[warm_start], time_limit=time_limit, seed=seed)[0]
+
+    def solve_many(
+        self,
+        problems: Sequence[DominatingSet],
+        *,
+        warm_starts: Sequence[Any] | None = None,
+        time_limit: float | None = None,
+        seed: int = 0,
+    ) -> list[Solution]:
+        """Solve several problems, those of up to 64 units together.
+
+        Args:
+            problems: e.g. all layers of a model. warm_starts: one (n,) bool or None each.
+            time_limit: seconds for each problem. seed: for the large path.
+
+        Returns:
+            One solution each; `seconds` is an equal share of the common call plus the problem's own search.
+        """
+        Deadline.after(time_limit)  # refuses a wrong limit before any work
+        starts = [None] * len(problems) if warm_starts is None else list(warm_starts)
+        starts = [check_start(problem, start) for problem, start in zip(problems, starts, strict=True)]
+        small = [number for number, problem in enumerate(problems) if problem.n <= MOST_UNITS]
+        found: dict[int, Solution] = {}
+        if small:
+            solved = _solve_small([problems[number] for number in small], self.name, time_limit)
+            found = {number: solution for number, solution in zip(small, solved, strict=True) if solution is not None}
+        return [
+            found[number] if number in found else self._solve_alone(problem, start, time_limit, seed)
+            for number, (problem, start) in enumerate(zip(problems, starts, strict=True))
+        ]
+
+    def _solve_alone(
+        self, problem: DominatingSet, start: np.ndarray | None, time_limit: float | None, seed: int
+    ) -> Solution:
+        began = time.perf_counter()
         deadline = Deadline.after(time_limit)
-        start = check_start(problem, warm_start)
         cover = cover_of(problem)
-        outcome = minimum_cover(cover, deadline=deadline, seed=seed)
+        outcome = minimum_cover(cover, deadline=deadline, seed=seed, start=start)
         keep = outcome.keep
-        assert keep is not None, "the problem was checked to have a cover"
         bound: Bound | None = Bound(outcome.bound, outcome.source)
         if not outcome.complete:
             other = best_greedy_cover(cover, start)
-            keep = other if problem.objective(other) < problem.objective(keep) else keep
+            keep = other if keep is None or problem.objective(other) < problem.objective(keep) else keep
             bound = best_bound("min", [bound, cover_bound(cover, problem.objective(keep), effort=10 * EFFORT)])
+        assert keep is not None, "the problem was checked to have a cover"
         timed_out = not outcome.complete and deadline.passed()
-        return unit_solution(problem, keep, self.name, bound=bound, timed_out=timed_out, stats=outcome.stats)
+        solution = unit_solution(problem, keep, self.name, bound=bound, timed_out=timed_out, stats=outcome.stats)
+        return replace(solution, seconds=time.perf_counter() - began)
+
+
+def _engine() -> tuple[Any, _Effort]:
+    """Return the module whose functions run, compiled or not, and how much work to give them."""
+    if enabled():
+        from topoprune_solvers.domination import exact_kernels
+
+        return exact_kernels, COMPILED
+    from topoprune_solvers.domination import bitset_batch
+
+    return bitset_batch, PYTHON
+
+
+def _solve_small(problems: Sequence[DominatingSet], name: str, time_limit: float | None) -> list[Solution | None]:
+    """Solve problems of at most 64 units in one call; None for what exceeds the node budget and has time left."""
+    began = time.perf_counter()
+    engine, effort = _engine()
+    compiled = effort is COMPILED
+    sizes = np.array([problem.n for problem in problems], dtype=np.int64)
+    edges = np.array([problem.indices.size for problem in problems], dtype=np.int64)
+    start = np.concatenate([[0], np.cumsum(sizes)])
+    total = int(start[-1])
+
+    def joined(field: str) -> Any:
+        array = np.concatenate([getattr(problem, field) for problem in problems])
+        return array if compiled else array.tolist()
+
+    work = Workspace(compiled)
+    near, cost = work.masks([0] * MOST_UNITS), work.array([0.0] * MOST_UNITS, np.float64)
+    firsts = [start, np.cumsum(edges) - edges]
+    graphs = (
+        *(array if compiled else array.tolist() for array in firsts),
+        *map(joined, ("indptr", "indices", "weight")),
+    )
+    units = tuple(map(joined, ("cost", "forced", "forbidden", "demand")))
+    of_units = [np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int32), np.zeros(total)]
+    of_problems = [
+        np.zeros(sizes.size),
+        np.zeros(sizes.size),
+        np.zeros(sizes.size, np.int64),
+        np.zeros(sizes.size, bool),
+    ]
+    result = tuple(array if compiled else array.tolist() for array in (*of_units, *of_problems))
+    first = 0
+    while first < len(problems):
+        # After Ctrl-C only the first node of each is searched.
+        budget = 0 if NEVER.passed() else effort.batch
+        limits = np.array([budget, effort.call]) if compiled else [budget, effort.call]
+        first = engine.solve_batch(
+            graphs, units, (near, near, cost, work.bit), work.stack, work.work, work.state, result, first, limits
+        )
+    keep, dominator, distance = (
+        np.asarray(values, array.dtype) for values, array in zip(result, of_units, strict=False)
+    )
+    objective, bound, nodes, complete = (
+        values if isinstance(values, list) else values.tolist() for values in result[3:]
+    )
+    out_of_time = time_limit == 0 or NEVER.passed()
+    begin = start.tolist()
+    solutions: list[Solution | None] = []
+    seconds = (time.perf_counter() - began) / len(problems)
+    for number in range(len(problems)):
+        if not complete[number] and not out_of_time:
+            solutions.append(None)
+            continue
+        own = slice(begin[number], begin[number + 1])
+        source = "branch and bound" if nodes[number] else "reductions"
+        proven = bound[number] == objective[number]
+        solutions.append(
+            Solution(
+                keep[own],
+                objective[number],
+                "min",
+                Status.OPTIMAL if proven else stopped_status(),
+                name,
+                Bound(bound[number], source),
+                dominator[own],
+                distance[own],
+                seconds,
+                {"nodes": nodes[number]},
+            )
+        )
+    return solutions
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,55 +226,90 @@ class CoverOutcome:
     stats: dict[str, int]
 
 
-def minimum_cover(cover: Cover, *, cutoff: float = math.inf, deadline: Deadline = NEVER, seed: int = 0) -> CoverOutcome:
+def minimum_cover(
+    cover: Cover,
+    *,
+    cutoff: float = math.inf,
+    deadline: Deadline = NEVER,
+    seed: int = 0,
+    start: np.ndarray | None = None,
+) -> CoverOutcome:
     """Find a cheapest cover, or with a `cutoff` any cover within it or the proof that there is none.
 
     Args:
         cover: an instance that has a cover.
         cutoff: largest cost of interest; the answer need then not be the cheapest.
+        start: (n,) bool keep mask that the large path may begin with, or None.
     """
-    reduced = reduce_cover(cover, deadline)
-    keep = cover.forced.copy()
-    keep[reduced.chosen] = True
-    # What later components cost at least; each search may spend only what they leave.
-    floors = [_floor(part) for part in reduced.components]
-    spent, bound = float(cover.cost[keep].sum()), float(cover.cost[keep].sum())
-    complete, nodes, sources = True, 0, {"reductions"}
-    if spent + sum(floors) > cutoff:
-        return CoverOutcome(None, spent + sum(floors), "reductions", True, {"nodes": 0})
-    for number, part in enumerate(reduced.components):
-        later = sum(floors[number + 1 :])
-        allowance = cutoff - spent - later
-        decide = number == len(floors) - 1 and math.isfinite(cutoff)
-        outcome, source = _search(part, allowance, decide, deadline, seed)
-        nodes += outcome.nodes
-        sources.add(source)
-        complete &= outcome.complete
-        bound += outcome.bound
-        if outcome.chosen is None:
-            return CoverOutcome(None, bound + later, _names(sources), outcome.complete, {"nodes": nodes})
-        spent += outcome.value
-        keep[[part.units[unit] for unit in bits(outcome.chosen)]] = True
-    # Free units were all taken at the start; those that cover nothing of their own go again.
-    keep = prune_redundant(cover, keep)
-    left = sum(len(part.units) for part in reduced.components)
-    stats = {"nodes": nodes, "components": len(floors), "candidates_left": left}
-    return CoverOutcome(keep, bound, _names(sources), complete, stats)
+    part = open_part(cover)
+    room = cutoff - part.fixed
+    found: CoverOutcome | None = None
+    if part.units.size <= MOST_UNITS and part.elements.size <= MOST_UNITS:
+        found = search_small(part.instance, cutoff=room, deadline=deadline)
+    if found is None or not (found.complete or deadline.passed()):
+        hint = None if start is None else start[part.units]
+        if found is not None and found.keep is not None:
+            hint = found.keep
+        other = _search_large(part.instance, room, hint, deadline, seed)
+        found = other if found is None else _better(found, other, part.instance)
+    keep = None
+    if found.keep is not None:
+        # Free candidates were taken at the start; those that cover nothing of their own go again.
+        keep = prune_redundant(cover, part.keep(cover, found.keep))
+    return CoverOutcome(keep, part.fixed + found.bound, found.source, found.complete, found.stats)
 
 
-def _names(sources: set[str]) -> str:
-    return " + ".join(sorted(sources))
+def search_small(instance: SetCover, *, cutoff: float = math.inf, deadline: Deadline = NEVER) -> CoverOutcome:
+    """Search an instance of at most 64 candidates and 64 elements by branch and bound on bit sets.
+
+    Args:
+        instance: as in `minimum_cover`; `keep` of the outcome is a (c,) bool choice of its candidates.
+        cutoff: largest cost of interest. deadline: asked every 50 ms or so.
+    """
+    engine, effort = _engine()
+    compiled = effort is COMPILED
+    work = Workspace(compiled)
+    elements, candidates = instance.n_elements, instance.n_candidates
+    assert elements <= MOST_UNITS and candidates <= MOST_UNITS, "larger instances take the large path"
+    rows, cols = [0] * MOST_UNITS, [0] * MOST_UNITS
+    bounds, row = instance.row_start.tolist(), instance.row.tolist()
+    for e in range(elements):
+        for c in row[bounds[e] : bounds[e + 1]]:
+            rows[e] |= 1 << c
+            cols[c] |= 1 << e
+    masks, numbers, counters = work.state
+    full = work.masks([(1 << elements) - 1, (1 << candidates) - 1])
+    masks[LATER_ELEMENTS], masks[LATER_UNITS] = full[0], full[1]
+    numbers[CUTOFF] = cutoff
+    counters[COMPLETE] = counters[FOUND] = 1
+    cost = work.array(instance.cost.tolist() + [0.0] * (MOST_UNITS - candidates), np.float64)
+    problem = work.masks(rows), work.masks(cols), cost, work.bit
+    work.work[4][:elements] = work.array(instance.demand.tolist(), np.int64)
+    hurry = deadline.passed()
+    limit = 0 if hurry else effort.chunk
+    while not engine.cover_search(problem, work.stack, work.work, work.state, limit, hurry):
+        hurry = deadline.passed() or counters[NODES] >= effort.handover
+        limit += effort.chunk
+    stats = {"nodes": int(counters[NODES]), "components": int(counters[COMPONENTS])}
+    complete = bool(counters[COMPLETE])
+    source = "branch and bound" if stats["nodes"] else "reductions"
+    if not counters[FOUND]:
+        bound = math.nextafter(cutoff, math.inf) if complete else 0.0
+        return CoverOutcome(None, bound, source, complete, stats)
+    taken = int(masks[TAKEN])
+    keep = np.array([taken >> c & 1 for c in range(candidates)], dtype=bool)
+    return CoverOutcome(keep, float(numbers[BOUND]), source, complete, stats)
 
 
-def _floor(part: Component) -> float:
-    """Return a packing bound: elements that share no candidate each need their own. O(elements)."""
-    used, total = 0, 0.0
-    cost = part.cost.tolist()
-    for row in sorted(part.rows, key=int.bit_count):
-        if not row & used:
-            used |= row
-            total += min(cost[unit] for unit in bits(row))
-    return total
+def _better(one: CoverOutcome, other: CoverOutcome, instance: SetCover) -> CoverOutcome:
+    """Return the cheaper cover of two searches with the better bound."""
+    stats = {**one.stats, **other.stats}
+    if other.complete:
+        return replace(other, stats=stats)
+    covers = [outcome.keep for outcome in (one, other) if outcome.keep is not None]
+    keep = min(covers, key=instance.value) if covers else None
+    best = max((one, other), key=lambda outcome: outcome.bound)
+    return CoverOutcome(keep, best.bound, best.source, False, stats)
 
 
 @cache
@@ -137,38 +317,26 @@ def _has_cp_sat() -> bool:
     return find_spec("ortools") is not None
 
 
-def _search(
-    part: Component, allowance: float, decide: bool, deadline: Deadline, seed: int
-) -> tuple[SearchOutcome, str]:
-    has_cp_sat = _has_cp_sat()
-    small = part.size <= BITSET_UNITS
-    # A limit of zero nodes still gives the greedy incumbent and the root bound.
-    limit = (HANDOVER_NODES if has_cp_sat else None) if small else 0
-    good_enough = allowance if decide else -math.inf
-    outcome = branch_and_bound(part, cutoff=allowance, good_enough=good_enough, deadline=deadline, node_limit=limit)
-    if outcome.complete or not has_cp_sat or deadline.passed():
-        return outcome, "branch and bound" if small else "dual ascent"
-    rows = [list(bits(row)) for row in part.rows]
-    hint = None
-    if outcome.chosen is not None:
-        hint = np.array([outcome.chosen >> unit & 1 for unit in range(len(part.units))], dtype=bool)
-    if decide and bool(np.all(part.cost == 1)):
-        answer = cp_sat_cover(rows, part.cost, at_most=int(allowance), deadline=deadline, seed=seed)
-        if answer.chosen is None:
-            bound = allowance + 1 if answer.proven else outcome.bound
-            return SearchOutcome(None, math.inf, bound, answer.proven, outcome.nodes), "CP-SAT"
-        chosen = sum(1 << unit for unit in np.flatnonzero(answer.chosen).tolist())
-        return SearchOutcome(chosen, float(answer.chosen.sum()), outcome.bound, True, outcome.nodes), "CP-SAT"
-    found = cp_sat_cover(rows, part.cost, hint=hint, deadline=deadline, seed=seed)
-    chosen, value = outcome.chosen, outcome.value
-    if found.chosen is not None and part.cost[found.chosen].sum() < value:
-        chosen = sum(1 << unit for unit in np.flatnonzero(found.chosen).tolist())
-        value = float(part.cost[found.chosen].sum())
-    bound = min(max(outcome.bound, found.bound), value)
-    if value > allowance:
-        complete = found.proven or bound > allowance
-        return SearchOutcome(None, math.inf, bound, complete, outcome.nodes), "CP-SAT"
-    return SearchOutcome(chosen, value, bound, found.proven, outcome.nodes), "CP-SAT"
+def _search_large(
+    instance: SetCover, cutoff: float, start: np.ndarray | None, deadline: Deadline, seed: int
+) -> CoverOutcome:
+    """Search an instance of any size."""
+    from topoprune_solvers.domination.cp_sat import cp_sat_cover
+
+    if not _has_cp_sat() or deadline.passed():
+        return CoverOutcome(None, 0.0, "nothing", False, {})
+    rows = [instance.candidates(element).tolist() for element in range(instance.n_elements)]
+    if math.isfinite(cutoff) and bool(np.all(instance.cost == 1)):
+        answer = cp_sat_cover(rows, instance.cost, at_most=int(cutoff), deadline=deadline, seed=seed)
+        bound = int(cutoff) + 1.0 if answer.chosen is None and answer.proven else 0.0
+        return CoverOutcome(answer.chosen, bound, "CP-SAT", answer.proven, {})
+    answer = cp_sat_cover(rows, instance.cost, hint=start, deadline=deadline, seed=seed)
+    keep = answer.chosen
+    complete = answer.proven
+    if keep is not None and instance.value(keep) > cutoff:
+        keep = None
+        complete = complete or answer.bound > cutoff
+    return CoverOutcome(keep, answer.bound, "CP-SAT", complete, {})
 
 
 register(ExactDominatingSet())

@@ -23,8 +23,8 @@ class NeuroPruneDominatingSet:
 
     The paper's algorithm, kept as it is for reproduction. It returns a dominating set, but with no
     ratio to the optimum (all 12 units of a 12-cycle, where 4 suffice), ignores costs and gives no
-    bound. Forced and forbidden units are our extension, outside the paper: forced units are added,
-    forbidden ones taken out, and what is then uncovered is covered greedily.
+    bound. Forced and forbidden units and demands are our extension, outside the paper: forced units
+    are added, forbidden ones taken out, and what is then covered less often than it demands is covered greedily.
     """
 
     name: str = "neuroprune"
@@ -33,6 +33,7 @@ class NeuroPruneDominatingSet:
         exact=False,
         guarantee="a dominating set; no ratio to the optimum, costs are ignored",
         complexity="O(n m / 64) word operations, n^2 / 8 bytes",
+        when="reproducing the paper",
         reference="Dhurandhar et al. (2024), NeuroPrune, Findings of ACL, Alg. 3",
     )
 
@@ -42,7 +43,7 @@ class NeuroPruneDominatingSet:
         """Return Alg. 3's set; deterministic, `warm_start`, `time_limit` and `seed` have no use here."""
         assert problem.forced is not None and problem.forbidden is not None
         keep = neuroprune_set(problem)
-        if problem.forced.any() or problem.forbidden.any():
+        if problem.forced.any() or problem.forbidden.any() or not problem.simple:
             keep = greedy_cover(cover_of(problem), (keep | problem.forced) & ~problem.forbidden)
         return unit_solution(problem, keep, self.name)
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.edges.common import bounded_sides, candidate_value, edge_solution, top_edges
+from topoprune_solvers.edges.common import bounded_sides, candidate_value, edge_solution
+from topoprune_solvers.edges.sorting import top_edges
 from topoprune_solvers.problems import EdgeSelection
 from topoprune_solvers.solution import Bound, Solution
 

@@ -1,4 +1,4 @@
-"""What the edge solvers share: sorting with degree bounds, a checked warm start, a finished Solution."""
+"""What the edge solvers share: degree limits, a checked warm start, a finished Solution."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ __all__ = [
     "edge_start",
     "only_selection",
     "row_limits",
-    "select_edges",
-    "top_edges",
 ]
 
 Side = Literal["row", "column"]
@@ -80,52 +78,6 @@ def degrees_allowed(problem: EdgeSelection, mask: np.ndarray) -> bool:
     return True
 
 
-def top_edges(value: np.ndarray, k: int) -> np.ndarray:
-    """Return the mask of the k largest entries of an array of any shape; ties to the lower flat index.
-
-    Complexity: O(n), by partition.
-
-    >>> top_edges(np.array([[1.0, 2.0], [2.0, 2.0]]), 2).tolist()
-    [[False, True], [True, False]]
-    """
-    flat = value.reshape(-1)
-    if k == 0:
-        return np.zeros(value.shape, dtype=bool)
-    threshold = np.partition(flat, flat.size - k)[flat.size - k]
-    mask = flat > threshold
-    mask[np.flatnonzero(flat == threshold)[: k - int(mask.sum())]] = True
-    return mask.reshape(value.shape)
-
-
-def select_edges(problem: EdgeSelection, value: np.ndarray) -> np.ndarray:
-    """Return the mask that maximises the sum of `value` under the budget and the bounds of one side.
-
-    Exact: the bounds of one side and the budget form a laminar family, for which taking every
-    line's best `min` edges and then the best of the rest (up to each line's `max`) is optimal.
-
-    Args:
-        problem: k and bounds; at most one side bounded.
-        value: (n_rows, n_cols) float64 of any sign, e.g. re-weighted scores; what is not
-            allowed is left out here.
-
-    Complexity: O(n) without bounds, O(n log n) with.
-    """
-    sides = bounded_sides(problem)
-    assert len(sides) < 2, "one bounded side at most"
-    value = candidate_value(problem, value)
-    if not sides:
-        return top_edges(value, problem.k)
-    axis = 1 if sides[0] == "row" else 0
-    low, high = row_limits(problem) if axis == 1 else column_limits(problem)
-    order = np.argsort(-value, axis=axis, kind="stable")
-    rank = np.empty_like(order)
-    places = np.arange(value.shape[axis])
-    np.put_along_axis(rank, order, places[None, :] if axis == 1 else places[:, None], axis=axis)
-    forced = rank < np.expand_dims(low, axis)
-    eligible = ~forced & (rank < np.expand_dims(high, axis))
-    return forced | top_edges(np.where(eligible, value, -np.inf), problem.k - int(forced.sum()))
-
-
 def only_selection(problem: EdgeSelection) -> np.ndarray | None:
     """Return the flat mask where k allows just one (no edge, or all that may stay), else None."""
     everything = np.ones(problem.n, dtype=bool) if problem.allowed is None else problem.allowed.reshape(-1)
@@ -160,14 +112,14 @@ def edge_solution(
 ) -> Solution:
     """Build the Solution of a mask (flat or not): objective and the status the bound allows."""
     keep = keep.reshape(-1)
-    objective = problem.objective(keep)
+    score, cost = problem.parts(keep)
+    objective = score - cost
     status = stopped_status() if timed_out else Status.FEASIBLE
     if bound is not None:
         # A bound below a known objective is rounding: the optimum cannot be beyond it.
         bound = Bound(max(float(bound.value), objective), bound.source)
         # The two parts of the objective may cancel, so the scale is that of its parts.
-        degree_part = problem.attachment * float(np.abs(problem.degree_cost(_degrees(problem, keep))).sum())
-        scale = max(abs(objective), float(problem.score.reshape(-1)[keep].sum()) + degree_part)
+        scale = max(abs(objective), abs(score) + abs(cost))
         if math.isfinite(scale) and bound.value - objective <= PROVEN * scale:
             status = Status.OPTIMAL
             bound = Bound(objective, bound.source)
@@ -181,6 +133,3 @@ def edge_solution(
         stats={} if stats is None else dict(stats),
     )
 
-
-def _degrees(problem: EdgeSelection, keep: np.ndarray) -> np.ndarray:
-    return keep.reshape(problem.shape).sum(axis=1)

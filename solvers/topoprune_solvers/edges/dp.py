@@ -9,7 +9,7 @@ import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edges.common import bounded_sides, edge_solution, only_selection
-from topoprune_solvers.edges.lagrangian import row_values
+from topoprune_solvers.edges.row_values import row_values
 from topoprune_solvers.problems import EdgeSelection
 from topoprune_solvers.solution import Bound, Solution
 
@@ -21,7 +21,7 @@ class DynamicProgramEdges:
     """Choose the degree of row after row; a row of degree t keeps its t best edges.
 
     ``best_i(b) = max_t best_{i-1}(b - t) + V_i(t)`` over the budget b used so far, with V_i as in
-    `edges.lagrangian`. Takes row bounds and any attachment. Ties go to the smaller degree of the
+    `edges.row_values`. Takes row bounds and any attachment. Ties go to the smaller degree of the
     later row.
     """
 

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.edges.common import bounded_sides, edge_solution, edge_start, only_selection, select_edges
-from topoprune_solvers.edges.lagrangian import budget_price, repair_degrees, row_values
+from topoprune_solvers.edges.common import bounded_sides, edge_solution, edge_start, only_selection
+from topoprune_solvers.edges.degree_repair import repair_degrees
+from topoprune_solvers.edges.row_values import budget_price, row_values
+from topoprune_solvers.edges.sorting import select_edges
 from topoprune_solvers.problems import EdgeSelection
 from topoprune_solvers.solution import Bound, Solution
 
@@ -74,10 +76,10 @@ class GreedyEdges:
             return edge_solution(problem, top, self.name, bound=Bound(problem.objective(top), "sorting"))
 
         table = row_values(problem)
-        bound, fewer, more = budget_price(table, problem.k)
+        price = budget_price(table, problem.k)
         starts = [top]
         if "column" not in sides:
-            starts.append(table.mask(repair_degrees(table, problem.k, fewer, more)))
+            starts.append(table.mask(repair_degrees(table, problem.k, price)))
         given = edge_start(problem, warm_start)
         if given is not None:
             starts.append(given)
@@ -93,7 +95,7 @@ class GreedyEdges:
             problem,
             best,
             self.name,
-            bound=Bound(bound, "Lagrangian over rows"),
+            bound=Bound(price.bound, "Lagrangian over rows"),
             stats={"rounds": rounds, "dropped_for_spread": len(candidates) - len(allowed)},
         )
 

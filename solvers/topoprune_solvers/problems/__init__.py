@@ -4,7 +4,10 @@
 `DominatingSet`         A: the cheapest set of units that covers every unit
 `BudgetedDomination`    B: exactly k units, smallest distance to the nearest kept one
 `SoftDomination`        B: exactly k units, most importance explained by the kept ones
+`QuadraticSubset`       C: pruned set with least 1_P^T G 1_P, k units or a knapsack
+`RepairedSubset`        C: exactly k units, least loss after least-squares repair
 `EdgeSelection`         D: exactly k weight edges, attachment-weighted
+`MultipleChoiceKnapsack` E: one choice per site, least damage within every budget
 ======================  =========================================================
 
 Problems are frozen and checked on construction; arrays are read-only. A problem without
@@ -18,8 +21,30 @@ from __future__ import annotations
 from topoprune_solvers.problems.budgeted import BudgetedDomination, SoftDomination
 from topoprune_solvers.problems.dominating import DominatingSet
 from topoprune_solvers.problems.edges import EdgeSelection
+from topoprune_solvers.problems.knapsack import MultipleChoiceKnapsack
+from topoprune_solvers.problems.quadratic import QuadraticSubset
+from topoprune_solvers.problems.repaired import RepairedSubset, repaired_weight
 from topoprune_solvers.problems.units import UnitProblem
 
-__all__ = ["BudgetedDomination", "DominatingSet", "EdgeSelection", "Problem", "SoftDomination", "UnitProblem"]
+__all__ = [
+    "BudgetedDomination",
+    "DominatingSet",
+    "EdgeSelection",
+    "MultipleChoiceKnapsack",
+    "Problem",
+    "QuadraticSubset",
+    "RepairedSubset",
+    "SoftDomination",
+    "UnitProblem",
+    "repaired_weight",
+]
 
-Problem = DominatingSet | BudgetedDomination | SoftDomination | EdgeSelection
+Problem = (
+    DominatingSet
+    | BudgetedDomination
+    | SoftDomination
+    | EdgeSelection
+    | MultipleChoiceKnapsack
+    | QuadraticSubset
+    | RepairedSubset
+)

@@ -117,26 +117,35 @@ class EdgeSelection:
         x = np.asarray(degree, dtype=np.float64) / max(self.shape[1], 1)
         return 1.0 - x if self.reading == "a" else 1.0 / (x + self.delta0)
 
+    def parts(self, keep: np.ndarray) -> tuple[float, float]:
+        """Return the score kept and the degree cost with its factor; the objective is their difference. O(n)."""
+        mask = np.asarray(keep, dtype=bool).reshape(self.shape)
+        # Row sums without a copy of the kept scores: several times faster than indexing by the mask.
+        score = float(np.einsum("ij,ij->i", self.score, mask).sum())
+        if not self.attachment:
+            return score, 0.0
+        return score, self.attachment * float(self.degree_cost(np.count_nonzero(mask, axis=1)).sum())
+
     def objective(self, keep: np.ndarray) -> float:
         """Return the value of a flat (n_rows * n_cols,) mask."""
-        mask = np.asarray(keep, dtype=bool).reshape(self.shape)
-        total = float(self.score[mask].sum())
-        if self.attachment:
-            total -= self.attachment * float(self.degree_cost(mask.sum(axis=1)).sum())
-        return total
+        score, cost = self.parts(keep)
+        return score - cost
 
     def violation(self, keep: np.ndarray) -> str | None:
         """Return what is wrong with a flat (n_rows * n_cols,) mask, or None. O(n_rows * n_cols)."""
         mask = keep.reshape(self.shape)
-        if int(mask.sum()) != self.k:
-            return f"{int(mask.sum())} edges kept, expected exactly {self.k}"
+        kept = int(np.count_nonzero(mask))
+        if kept != self.k:
+            return f"{kept} edges kept, expected exactly {self.k}"
         if self.allowed is not None and np.any(mask & ~self.allowed):
             return "an edge that is not allowed was kept"
         for axis, low, high, side in (
             (1, self.row_min, self.row_max, "row"),
             (0, self.col_min, self.col_max, "column"),
         ):
-            degree = mask.sum(axis=axis)
+            if low is None and high is None:
+                continue
+            degree = np.count_nonzero(mask, axis=axis)
             if low is not None and np.any(degree < low):
                 return f"a {side} has too few edges"
             if high is not None and np.any(degree > high):

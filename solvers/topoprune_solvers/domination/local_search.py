@@ -1,0 +1,258 @@
+"""Row-weighting local search for set cover and dominating set, on the reduced instance, part by part."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from topoprune_solvers.base import Capabilities, register
+from topoprune_solvers.compiled import choose, enabled
+from topoprune_solvers.domination.covering import SetCover, cover_of, open_part
+from topoprune_solvers.domination.dual_ascent import dual_ascent_bound
+from topoprune_solvers.domination.greedy import best_greedy_cover, greedy_choice, prune_redundant
+from topoprune_solvers.domination.lagrangian import cover_bound
+from topoprune_solvers.domination.reductions import Reduction, components, reduce_cover
+from topoprune_solvers.problems import DominatingSet
+from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
+from topoprune_solvers.scaling import is_integral
+from topoprune_solvers.solution import Bound, Solution
+
+__all__ = ["LocalSearchDominatingSet", "RowWeighting", "local_search"]
+
+SLICE = 0.02  # seconds of a kernel call between two looks at the clock
+STEPS = 200  # for each candidate left after the reductions, where neither steps nor seconds are given
+BOUND_SHARE = 0.05  # of a time limit, for the Lagrangian bounds
+ROUNDS = 4  # in which each part gets its share: what a finished part leaves goes to the others
+
+
+@dataclass(frozen=True)
+class LocalSearchDominatingSet:
+    """Reduce, split into parts, search each by row weighting from the better of two greedy covers.
+
+    The incumbent is a cover at any time and never dearer than greedy's. A part whose cover meets its dual
+    bound is done; the bounds of all parts, rounded up one by one, give the bound.
+
+    With a time limit the number of steps, and so the answer, depends on the machine; with `max_steps` alone
+    runs repeat exactly. The first call of all compiles the loops (some seconds, once a machine).
+
+    Args:
+        max_steps: steps in all, shared out among the parts by size; None: no limit under a time limit, else
+            200 for each candidate that the reductions leave.
+    """
+
+    max_steps: int | None = None
+    name: str = "local-search"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        problem=DominatingSet,
+        exact=False,
+        guarantee="never worse than greedy, with a dual bound; usually within 1 % of the best known",
+        complexity="about O(degree) a step; as long as it is given",
+        reference="Gao, Weise, Li (2015), An efficient local search heuristic with row weighting for the unicost set "
+        "covering problem, EJOR 246",
+        when="large graphs with seconds to spend",
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and not (isinstance(self.max_steps, int) and self.max_steps >= 0):
+            raise ValueError(f"max_steps must be an integer >= 0 or None, found {self.max_steps!r}")
+
+    def solve(
+        self, problem: DominatingSet, *, warm_start: Any = None, time_limit: float | None = None, seed: int = 0
+    ) -> Solution:
+        """Return the best cover found; `seed` chooses among uncovered units."""
+        deadline = Deadline.after(time_limit)
+        cover = cover_of(problem)
+        keep = best_greedy_cover(cover, check_start(problem, warm_start))
+        if deadline.passed():
+            return unit_solution(problem, keep, self.name, bound=dual_ascent_bound(cover), timed_out=True)
+        part = open_part(cover)
+        reduced = reduce_cover(part.instance, deadline)
+        core = reduced.core
+        parts = _parts(core, keep[part.units[reduced.candidates]], seed)
+        limit = STEPS * core.n_candidates if self.max_steps is None and time_limit is None else self.max_steps
+        _search_parts(parts, deadline, limit)
+        chosen = np.zeros(core.n_candidates, dtype=bool)
+        for one in parts:
+            chosen[one.candidates] = one.search.best
+        found = prune_redundant(cover, part.keep(cover, reduced.invert(chosen)))
+        if problem.objective(found) <= problem.objective(keep):
+            keep = found
+        bound = part.fixed + reduced.fixed + math.fsum(one.bound for one in parts)
+        if not is_integral(core.cost):
+            bound -= 1e-12 * abs(bound)  # a sum of floats: stay below it
+        source = "reductions + dual bounds" if parts else "reductions"
+        steps = sum(one.search.steps for one in parts)
+        stats = {"steps": steps, "components": len(parts), "candidates_left": core.n_candidates}
+        return unit_solution(
+            problem, keep, self.name, bound=Bound(bound, source), timed_out=deadline.passed(), stats=stats
+        )
+
+
+class _Part:
+    """A component with its search and its bound."""
+
+    def __init__(self, instance: SetCover, candidates: np.ndarray, start: np.ndarray, seed: int) -> None:
+        self.instance, self.candidates = instance, candidates
+        self.search = RowWeighting(instance, start, seed=seed)
+        self.bound = 0.0
+
+    def improve_bound(self, deadline: Deadline) -> None:
+        self.bound = max(self.bound, cover_bound(self.instance, self.search.value, deadline=deadline).value)
+
+    @property
+    def open(self) -> bool:
+        """Return whether there may be a cheaper cover."""
+        if self.search.exhausted:
+            self.bound = self.search.value
+        return self.search.value > self.bound
+
+
+def _parts(core: SetCover, known: np.ndarray, seed: int) -> list[_Part]:
+    """Split a core; each part starts from the better of its own greedy cover and the part of a known one."""
+    starts = [greedy_choice(core), greedy_choice(core, known)]
+    return [
+        _Part(instance, numbers, min((start[numbers] for start in starts), key=instance.value), seed)
+        for instance, numbers, _ in components(core)
+    ]
+
+
+def _search_parts(parts: list[_Part], deadline: Deadline, limit: int | None) -> None:
+    """Give each open part its share of the steps or seconds, by size."""
+    for one in parts:
+        one.improve_bound(Deadline.after(min(deadline.remaining() * BOUND_SHARE, 3600.0)))
+    for turn in range(ROUNDS):
+        rest = [one for one in parts if one.open]
+        size = sum(one.instance.n_candidates for one in rest)
+        share = 1.0 / (ROUNDS - turn)
+        seconds = deadline.remaining() * share
+        steps = None if limit is None else (limit - sum(one.search.steps for one in parts)) * share
+        for one in rest:
+            if deadline.passed():
+                return
+            fraction = one.instance.n_candidates / size
+            until = Deadline.after(seconds * fraction) if math.isfinite(seconds) else deadline
+            one.search.run(
+                deadline=until, target=one.bound, max_steps=None if steps is None else int(steps * fraction)
+            )
+
+
+def local_search(
+    instance: SetCover,
+    start: np.ndarray | None = None,
+    *,
+    deadline: Deadline = NEVER,
+    seed: int = 0,
+    target: float = -math.inf,
+    max_steps: int | None = None,
+) -> np.ndarray:
+    """Return the cheapest cover found by row-weighting local search; never dearer than the (repaired) start.
+
+    The instance is searched as it is: reduce and split it before. Without a deadline, a target that is
+    met or `max_steps` the search does not end.
+
+    Args:
+        instance: a set cover that can be covered. start: (c,) bool to begin with, completed and pruned; greedy by default.
+        seed: of the choice among uncovered elements. target: stop at a cover that costs no more.
+        max_steps: most steps; the same number gives the same answer, with or without numba.
+
+    Returns:
+        (c,) bool cover.
+    """
+    if np.any(instance.cost == 0):
+        # Scores are per cost: what is free is chosen beforehand.
+        reduced = Reduction(("free",)).apply(instance)
+        known = None if start is None else start[reduced.candidates]
+        core = local_search(
+            reduced.core, known, deadline=deadline, seed=seed, target=target - reduced.fixed, max_steps=max_steps
+        )
+        return reduced.invert(core)
+    search = RowWeighting(instance, greedy_choice(instance, start), seed=seed)
+    search.run(deadline=deadline, target=target, max_steps=max_steps)
+    return search.best
+
+
+class RowWeighting:
+    """A local search that can be continued.
+
+    Rows weigh 1 at first and 1 more for every step that leaves them short. Each step takes out the chosen
+    candidate whose rows weigh least per cost, and covers a random bare row by the candidate that helps most weight
+    per cost, unless nothing around it changed since it was taken out (configuration checking). Ties: the one that
+    has not moved for longest, then the lower index.
+
+    Args:
+        instance: a set cover without free candidates. cover: (c,) bool, where to begin.
+        seed: of the choice among bare rows.
+
+    References: Gao, Weise, Li (2015), An efficient local search heuristic with row weighting for the unicost set
+        covering problem, EJOR 246.
+    """
+
+    def __init__(self, instance: SetCover, cover: np.ndarray, *, seed: int = 0) -> None:
+        assert not np.any(instance.cost == 0), "reduce the instance first: free candidates are taken beforehand"
+        e, c = instance.n_elements, instance.n_candidates
+        chosen = np.flatnonzero(cover)
+        count = instance.counts(cover)
+        assert np.all(count >= instance.demand), "the search begins at a cover"
+        owner = np.repeat(np.arange(e), np.diff(instance.row_start))
+        only = np.zeros(e, dtype=np.int64)
+        inside = cover[instance.row]
+        np.bitwise_xor.at(only, owner[inside], instance.row[inside])
+        # At a cover, only chosen candidates of rows just met have a score.
+        tight = np.repeat(count == instance.demand, np.diff(instance.row_start)) & inside
+        score = np.bincount(instance.row[tight], minlength=c).astype(np.int64)
+        price = instance.cost
+        order = chosen[np.argsort(score[chosen] / price[chosen], kind="stable")]
+        heap, place = np.zeros(c, np.int64), np.full(c, -1, np.int64)
+        heap[: order.size], place[order] = order, np.arange(order.size)
+        value = float(price[cover].sum())
+        spin = (seed * 2654435761 + 12345) % 2147483646 + 1
+        self.instance = instance
+        self.steps = 0
+        self.exhausted = False
+        self._pace = 1e-5 if enabled() else 1e-3  # seconds a step, measured as it goes
+        arrays: list[Any] = [
+            instance.row_start, instance.row, instance.col_start, instance.col, instance.demand, price,
+            cover.astype(np.int8), count.astype(np.int64), only, np.ones(e, np.int64), score, np.zeros(c, np.int64),
+            np.ones(c, np.int8), heap, place, np.zeros(e, np.int64), np.zeros(e, np.int64), cover.astype(np.int8),
+            np.zeros(c, np.int64), np.array([order.size, 0, 0, spin, 0, -1]),
+            np.array([value, value, 1e-12 * value]),
+        ]  # fmt: skip
+        self._arrays = arrays if enabled() else [array.tolist() for array in arrays]
+
+    @property
+    def best(self) -> np.ndarray:
+        """The (c,) bool cheapest cover so far."""
+        return np.asarray(self._arrays[17], dtype=np.int8) == 1
+
+    @property
+    def value(self) -> float:
+        """Cost of the cheapest cover so far (up to rounding; exact for integral costs)."""
+        return float(self._arrays[20][1])
+
+    def run(
+        self, *, deadline: Deadline = NEVER, target: float = -math.inf, max_steps: int | None = None
+    ) -> bool:
+        """Search on until a limit is met; return whether the search is over (target met or nothing cheaper exists)."""
+        from topoprune_solvers.domination.local_search_kernels import search_kernel
+
+        kernel = choose(search_kernel)
+        left = math.inf if max_steps is None else max_steps
+        while not self.exhausted and self.value > target and left > 0 and not deadline.passed():
+            wanted = int(max(1, min(left, min(SLICE, deadline.remaining()) / self._pace, 1_000_000)))
+            began = time.perf_counter()
+            answer = kernel(*self._arrays, wanted, target)
+            spent = time.perf_counter() - began
+            # A first call compiles: one slice must not make the next a single step.
+            self._pace = min(max(spent / wanted, self._pace / 2, 1e-8), 1e-2)
+            left -= wanted
+            self.steps += wanted
+            self.exhausted = answer == 2
+        return self.exhausted or self.value <= target
+
+
+
+register(LocalSearchDominatingSet())

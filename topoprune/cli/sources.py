@@ -1,0 +1,164 @@
+"""What ``extract``, ``solve`` and ``compare`` share: their options, and the graph they start from."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from topoprune.cli.output import stderr_console
+
+if TYPE_CHECKING:
+    from topoprune import ModelGraph
+
+__all__ = [
+    "Budget",
+    "Calibration",
+    "Limit",
+    "Measure",
+    "Objective",
+    "Problem",
+    "Samples",
+    "Source",
+    "Theta",
+    "from_model",
+    "load",
+    "requested",
+]
+
+_INCLUDE = {"heads": ("heads",), "neurons": ("neurons",), "edges": ("edges",)}
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="GRAPH|MODEL",
+        help="A graph (.npz, .graphml, PACE .gr, edge list .txt .tsv .csv ..., also .gz .xz), a model folder, a hub id, "
+        "or 'embedded'.",
+    ),
+]
+Measure = Annotated[
+    str | None, typer.Option(help="Distance: circuit-cosine, weights-linf, output-gram, or a plug-in's.")
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Texts for measures that need data (a file with a text column); default: embedded docstrings."),
+]
+Samples = Annotated[int, typer.Option(help="Calibration texts.")]
+Theta = Annotated[str | None, typer.Option(help="A distance, or auto:q for each layer's q-quantile.")]
+Budget = Annotated[str | None, typer.Option(help="Keep so many units of a layer (8) or such a share (0.5).")]
+Problem = Annotated[
+    str | None, typer.Option(help="heads (the default), neurons or edges; for a bare graph: leave it out.")
+]
+Objective = Annotated[str, typer.Option(help="With --budget: k-centre, or soft (most importance explained).")]
+Limit = Annotated[float | None, typer.Option(help="Seconds a layer.")]
+
+
+def requested(
+    theta: str | None, budget: str | None, objective: str, time_limit: float | None, seed: int
+) -> dict[str, Any]:
+    """Return the request of `topoprune.solve` that the options spell, without the problem.
+
+    Raises:
+        ValueError: an option that cannot mean anything; names it.
+    """
+    if time_limit is not None and not time_limit >= 0:
+        raise ValueError(f"--time-limit is {time_limit}; expected seconds >= 0")
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}; expected an integer >= 0")
+    request: dict[str, Any] = {"time_limit": time_limit, "seed": seed}
+    if theta is not None:
+        try:
+            request["theta"] = float(theta)
+        except ValueError:
+            request["theta"] = theta
+    if budget is not None:
+        try:
+            # "8" is a count, "0.5" and "1.0" are shares.
+            value = int(budget) if budget.lstrip("+-").isdigit() else float(budget)
+        except ValueError:
+            value = math.nan
+        if math.isnan(value):
+            raise ValueError(f"--budget is {budget!r}; expected a number of units (8) or a share (0.5)")
+        request |= {"budget": value, "objective": objective}
+    return request
+
+
+def load(
+    source: str,
+    problem: str | None,
+    request: dict[str, Any],
+    measure: str | None,
+    calibration_file: Path | None,
+    samples: int,
+) -> tuple[ModelGraph, dict[str, Any]]:
+    """Return the graph of a file or model, and the request with its problem filled in.
+
+    Raises:
+        ValueError: an unknown problem, options that do not go together, or a file that is no graph.
+    """
+    if problem not in (*_INCLUDE, "graph", None):
+        raise ValueError(f"unknown problem {problem!r}; available: {', '.join(_INCLUDE)}")
+    from topoprune.comparison import complete_request
+    from topoprune.graph import Graph, ModelGraph
+    from topoprune.graph_files import is_graph_file, read_graph
+
+    request = dict(request) if problem is None else {**request, "problem": problem}
+    if request.get("problem") == "edges":
+        request.pop("objective", None)
+    path = Path(source).expanduser()
+    if not (path.is_file() or (is_graph_file(path) and not path.is_dir())):
+        if problem == "graph":
+            raise ValueError(f"--problem graph is for bare graphs; {source} is a model: heads, neurons or edges")
+        request.setdefault("problem", "heads")
+        return from_model(source, measure, _INCLUDE[request["problem"]], calibration_file, samples), request
+    if measure is not None or calibration_file is not None:
+        raise ValueError(
+            f"--measure and --calibration-file are for models; {source} is a graph that was extracted already"
+        )
+    graph = read_graph(path)
+    return complete_request(ModelGraph.from_graph(graph, path.name) if isinstance(graph, Graph) else graph, request)
+
+
+def from_model(
+    source: str, measure: str | None, include: tuple[str, ...], calibration_file: Path | None, samples: int
+) -> ModelGraph:
+    """Return the graph of a model folder, a hub id, or ``embedded``."""
+    from topoprune import extract as extract_graph
+    from topoprune.tasks.models import calibration_batches, load_backbone
+
+    model = load_backbone(source)
+    console = stderr_console()
+
+    def batches() -> Iterator[dict[str, Any]]:
+        # A generator, so that data-free measures read no data and load no tokenizer.
+        texts, origin = _calibration_texts(calibration_file, samples)
+        console.print(f"calibration: {len(texts)} texts, {origin}", highlight=False)
+        yield from calibration_batches(source, model, texts)
+
+    with warnings.catch_warnings():
+        if calibration_file is None:
+            warnings.filterwarnings("ignore", message="calibration is not used")
+        asked: dict[str, Any] = {} if measure is None else {"measure": measure}
+        return extract_graph(model, include=include, calibration=batches(), **asked)
+
+
+def _calibration_texts(path: Path | None, samples: int) -> tuple[list[str], str]:
+    if samples < 1:
+        raise ValueError(f"--calibration-samples is {samples}; expected at least 1")
+    if path is None:
+        from topoprune.tasks.docstrings import load_docstrings
+
+        data = load_docstrings().limit(samples, None)
+        return [example.text for example in data.train], "docstrings of the standard library (embedded)"
+    from topoprune.tasks.tables import read_table
+
+    table = read_table(path)
+    column = next((name for name in ("text", "sentence", "sentence1") if name in table.columns), None)
+    if column is None:
+        raise ValueError(
+            f"{path} has no column text, sentence or sentence1; its columns are: {', '.join(table.columns)}"
+        )
+    return [str(row.get(column, "")) for _, row in table.rows[:samples]], f"{path}, column {column!r}"
