@@ -1,10 +1,133 @@
-"""Layer budgets under two resources, parameters and latency: certified gap and seconds of every solver."""
+"""Layer budgets under two resources, parameters and latency: certified gap and seconds of every solver.
+
+``gap`` and ``s`` are those of ``exact``, the worst over all instances (three tightness levels, several seeds),
+each solved within a time limit. ``small`` instances check every exact solver against enumeration.
+"""
 
 from __future__ import annotations
 
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
-from topoprune_solvers import MultipleChoiceKnapsack
+from benchmarks.harness import Figure, Options, Outcome
+from topoprune_solvers import MultipleChoiceKnapsack, Solution, available_solvers, get_solver, solve
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Instances and how they are timed.
+
+    Args:
+        sites, choices: shape of a model. shares: of the dense model's parameters that stay.
+        models: seeds per share. repeats: timed runs of each, of which the fastest counts.
+        limit: seconds allowed per solve. small: enumerable instances of the gate.
+    """
+
+    sites: int = 80
+    choices: int = 64
+    shares: tuple[float, ...] = (0.3, 0.5, 0.7)
+    models: int = 5
+    repeats: int = 2
+    limit: float = 1.8
+    small: int = 30
+
+
+def run(options: Options) -> Outcome:
+    """Solve all instances with each solver that takes two budgets."""
+    spec = Spec(models=1, repeats=1, small=10) if options.quick else Spec()
+    notes: list[str] = []
+    correct = small_gate(spec, options, notes)
+    known: dict[tuple[float, int], tuple[float, float]] = {}
+    rows: list[dict[str, Any]] = []
+    solvers = [name for name in available_solvers(MultipleChoiceKnapsack) if name not in ("brute", "dp")]
+    warm_up = planted_curves(6, 4, 0.5, options.seed)
+    for name in solvers:
+        solve(warm_up, name)  # imports, compiled code
+    for share in spec.shares:
+        for seed in range(options.seed, options.seed + spec.models):
+            problem = planted_curves(spec.sites, spec.choices, share, seed)
+            for name in solvers:
+                solution, seconds = _timed(problem, name, spec, options)
+                bound = -math.inf if solution.bound is None else solution.bound.value
+                best, proven = known.get((share, seed), (math.inf, -math.inf))
+                known[share, seed] = min(best, solution.objective), max(proven, bound)
+                rows.append(
+                    {
+                        "solver": name,
+                        "share": share,
+                        "seed": seed,
+                        "objective": solution.objective,
+                        "bound": None if solution.bound is None else bound,
+                        "source": None if solution.bound is None else solution.bound.source,
+                        "own_gap": solution.gap,
+                        "optimal": solution.status.name == "OPTIMAL",
+                        "s": seconds,
+                        "stats": dict(solution.stats),
+                    }
+                )
+    for key, (best, proven) in known.items():
+        if proven > best * (1 + TOLERANCE):
+            correct = False
+            notes.append(f"gate: share {key[0]}, seed {key[1]}: a bound {proven!r} lies above an objective {best!r}")
+    figures: dict[str, Figure] = {}
+    for name in ["exact", *(other for other in solvers if other != "exact")]:
+        own = [row for row in rows if row["solver"] == name]
+        for row in own:
+            best, proven = known[row["share"], row["seed"]]
+            row["excess"] = 1 - proven / row["objective"]
+        prefix, targets = ("", (1e-3, 2.0)) if name == "exact" else (f"{name}_", (None, None))
+        certified = not any(math.isnan(row["own_gap"]) for row in own)
+        gap = max(0.0 if row["optimal"] else row["own_gap"] for row in own) if certified else math.nan
+        if certified:
+            figures[f"{prefix}gap"] = Figure(gap, "ratio", targets[0])
+        figures[f"{prefix}s"] = Figure(max(row["s"] for row in own), "s", targets[1])
+        figures[f"{prefix}median_s"] = Figure(float(np.median([row["s"] for row in own])), "s")
+        figures[f"{prefix}excess"] = Figure(max(row["excess"] for row in own), "ratio")
+        figures[f"{prefix}proven_share"] = Figure(float(np.mean([row["optimal"] for row in own])), "ratio")
+    notes.append(
+        f"{len(known)} instances of {spec.sites} sites x {spec.choices} choices, both budgets binding; time limit "
+        f"{spec.limit:g} s; gap: own bound, worst instance; excess: over the best bound of any solver, worst instance; "
+        "s: worst instance, verification included"
+    )
+    return Outcome(correct, figures, rows, notes)
+
+
+def small_gate(spec: Spec, options: Options, notes: list[str]) -> bool:
+    """Return True if every exact solver agrees with enumeration, and no bound lies above the optimum."""
+    correct = True
+    for seed in range(options.seed, options.seed + spec.small):
+        problem = planted_curves(4, 5, spec.shares[seed % len(spec.shares)], seed)
+        optimum = solve(problem, "brute").objective
+        for name in available_solvers(MultipleChoiceKnapsack):
+            if name == "dp":
+                continue  # one budget only
+            solution = solve(problem, name)
+            exact = get_solver(name, MultipleChoiceKnapsack).capabilities.exact
+            wrong = solution.objective < optimum * (1 - TOLERANCE)
+            wrong |= exact and solution.objective > optimum * (1 + TOLERANCE)
+            wrong |= solution.bound is not None and solution.bound.value > optimum * (1 + TOLERANCE)
+            if wrong:
+                correct = False
+                notes.append(f"gate: small instance {seed}: {name} contradicts the optimum {optimum!r}: {solution}")
+    return correct
+
+
+def _timed(problem: MultipleChoiceKnapsack, name: str, spec: Spec, options: Options) -> tuple[Solution, float]:
+    best, found = math.inf, None
+    for _ in range(spec.repeats):
+        started = time.perf_counter()
+        solution = solve(problem, name, time_limit=spec.limit, seed=options.seed)
+        seconds = time.perf_counter() - started
+        if found is None or seconds < best:
+            best, found = seconds, solution
+    assert found is not None
+    return found, best
 
 
 def planted_curves(sites: int, choices: int, share: float, seed: int) -> MultipleChoiceKnapsack:

@@ -52,7 +52,7 @@ def train_words(tiny: dict[str, Path], out: Path, *more: object) -> list[str]:
 
 
 def test_train_prints_json_and_nothing_else_on_stdout(tiny: dict[str, Path], tmp_path: Path) -> None:
-    result = call(*train_words(tiny, tmp_path, "--epochs", 2, "--method", "budget", "--sparsity", 0.4, "--json"))
+    result = call(*train_words(tiny, tmp_path, "--epochs", 2, "--method", "budget", "--sparsity", 0.4, "--json", "-"))
     assert result.exit_code == 0, result.output
     row = json.loads(result.stdout)
     assert row["method"] == "budget" and row["heads_total"] == [4, 4]
@@ -175,9 +175,9 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(
 
     assert "holds checkpoint-" in refused(*words)  # a new run does not mix with it
     assert "training.epochs was 24.0, now it is 25.0" in refused(*words, "--epochs", 25, "--resume")
-    resumed = call(*words, "--resume", "--json")
+    resumed = call(*words, "--resume", "--json", "-")
     assert resumed.exit_code == 0, resumed.output
-    whole = call(*train_words(tiny, tmp_path / "whole", "--epochs", 24, *method, "--json"))
+    whole = call(*train_words(tiny, tmp_path / "whole", "--epochs", 24, *method, "--json", "-"))
     first, second = json.loads(resumed.stdout), json.loads(whole.stdout)
     assert first["resumed"] and not second["resumed"]
     for field in ("score", "zeros", "heads", "thetas", "decisions", "steps"):
@@ -214,7 +214,7 @@ def graph(tiny: dict[str, Path]) -> Path:
 
 def test_extract_with_calibration_texts(tiny: dict[str, Path], tmp_path: Path) -> None:
     words = ["extract", tiny["model"], "--out", tmp_path / "g", "--measure", "output-gram", "--include", "heads"]
-    result = call(*words, "--calibration-file", tiny["dev"], "--calibration-samples", 20, "--json")
+    result = call(*words, "--calibration-file", tiny["dev"], "--calibration-samples", 20, "--json", "-")
     assert result.exit_code == 0, result.output
     described = json.loads(result.stdout)
     assert described["path"].endswith("g.npz") and [s["measure"] for s in described["sites"]] == ["output-gram"] * 2
@@ -225,9 +225,9 @@ def test_extract_with_calibration_texts(tiny: dict[str, Path], tmp_path: Path) -
 
 def test_solve_from_graph_and_from_model_agree(tiny: dict[str, Path], graph: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.npz"
-    first = call("solve", graph, "--budget", 2, "--out", out, "--json")
+    first = call("solve", graph, "--budget", 2, "--out", out, "--json", "-")
     assert first.exit_code == 0, first.output
-    second = call("solve", tiny["model"], "--measure", "circuit-cosine", "--budget", "0.5", "--json")
+    second = call("solve", tiny["model"], "--measure", "circuit-cosine", "--budget", "0.5", "--json", "-")
     rows = [json.loads(result.stdout)["rows"] for result in (first, second)]
     compared = [[(row["site"], row["kept"], row["objective"]) for row in part] for part in rows]
     assert compared[0] == compared[1]
@@ -235,12 +235,12 @@ def test_solve_from_graph_and_from_model_agree(tiny: dict[str, Path], graph: Pat
     assert Plan.load(out).keep("encoder.0.attention").sum() == 2
     shown = call("solve", graph, "--theta", "auto:0.3", "--solver", "greedy", "--problem", "neurons")
     assert shown.exit_code == 0 and "encoder.1.ffn" in shown.stdout
-    edges = call("solve", tiny["model"], "--problem", "edges", "--budget", 0.5, "--json")
+    edges = call("solve", tiny["model"], "--problem", "edges", "--budget", 0.5, "--json", "-")
     assert edges.exit_code == 0 and len(json.loads(edges.stdout)["rows"]) == 12
 
 
 def test_compare_puts_solvers_side_by_side(graph: Path) -> None:
-    result = call("compare", graph, "--solvers", "greedy,exact,neuroprune", "--theta", "auto:0.4", "--json")
+    result = call("compare", graph, "--solvers", "greedy,exact,neuroprune", "--theta", "auto:0.4", "--json", "-")
     assert result.exit_code == 0, result.output
     rows = {row["solver"]: row for row in json.loads(result.stdout)["rows"]}
     assert rows.keys() == {"greedy", "exact", "neuroprune"}
@@ -277,7 +277,7 @@ def test_unknown_measure_and_unreadable_graphs(tiny: dict[str, Path], tmp_path: 
 
 
 def test_doctor_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = json.loads(call("doctor", "--json").stdout)
+    report = json.loads(call("doctor", "--json", "-").stdout)
     assert report["packages"]["torch"] == torch.__version__.split()[0]
     assert "exact" in report["solvers"]["dominating set"] and report["devices"].startswith("cpu")
     assert call("--version").stdout.startswith("topoprune 0")
@@ -303,7 +303,7 @@ def test_a_demo_that_prunes_nothing_fails(
     monkeypatch.setattr(demo, "ALPHA", 0.0)
     monkeypatch.setattr(demo, "BETA", 0.0)
     monkeypatch.setattr(demo, "THETA", 0.0)
-    bad = call("demo", "--output-dir", tmp_path / "bad", "--json")
+    bad = call("demo", "--output-dir", tmp_path / "bad", "--json", "-")
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["problems"] == [
         "neuroprune left no weight at zero",

@@ -68,7 +68,7 @@ def graphs(draw: st.DrawFn) -> Graph:
     suffix=st.sampled_from([s for s in FORMATS if s != ".graphml"]),
     packed=st.sampled_from(["", ".gz", ".xz"]),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_written_graphs_are_read_back(graph: Graph, suffix: str, packed: str, tmp_path: Path) -> None:
     back = read_graph(write_graph(graph, tmp_path / f"g{suffix}{packed}"))
     assert isinstance(back, Graph)
@@ -278,6 +278,7 @@ MARKUP = st.lists(st.sampled_from([*GRAPHML.splitlines(), "<node/>", "<data key=
 @example(name="x.txt", data=b"0 1 2\n 3 4 5\n6 7 8e")
 @example(name="x.txt", data=b"0,1,,2\n")
 @example(name="x.gr", data=b"p ds 2 1\r\n1 2\r")
+@settings(deadline=None)
 def test_any_bytes_give_a_graph_or_a_named_error(name: str, data: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -295,6 +296,7 @@ def test_any_bytes_give_a_graph_or_a_named_error(name: str, data: bytes) -> None
     separator=st.sampled_from([" ", "\t", ",", "  "]),
     end=st.sampled_from(["\n", "\r\n", "\n\n"]),
 )
+@settings(deadline=None)
 def test_quick_and_slow_path_agree(rows: list[tuple[int, int, float]], columns: int, separator: str, end: str) -> None:
     text = end.join(separator.join(map(repr, row[:columns])) for row in rows)
     with warnings.catch_warnings():
@@ -313,7 +315,7 @@ def test_quick_and_slow_path_agree(rows: list[tuple[int, int, float]], columns: 
     data=st.binary(max_size=60),
     cut=st.integers(0, 200),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_file_gives_a_graph_or_a_named_error(packed: str, data: bytes, cut: int, tmp_path: Path) -> None:
     path = tmp_path / f"x.gr{packed}"
     squeeze = {"gz": gzip.compress, "xz": lzma.compress, "": bytes}[packed.rpartition(".")[2]]
@@ -328,7 +330,7 @@ def test_any_file_gives_a_graph_or_a_named_error(packed: str, data: bytes, cut: 
 
 
 @given(data=st.binary(max_size=100))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_npz_gives_a_graph_or_a_named_error(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_bytes(data)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.report import markdown
+from topoprune.cli import app
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, flags=re.DOTALL)
@@ -38,6 +41,22 @@ def test_snippets_run_and_print_what_is_shown(index: int, tmp_path: Path, monkey
         assert plain(printed.getvalue()) == plain(shown)
     else:
         assert printed.getvalue() is not None
+
+
+@needs_weights
+def test_command_lines_on_graphs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = README.split("## Solve and compare graphs\n")[1].split("\n## ")[0]
+    lines = re.findall(r"^    topoprune (.*)$", section, flags=re.MULTILINE)
+    assert len(lines) >= 4 and any("embedded" in line for line in lines)
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)[0]
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, {"__name__": "readme"})  # writes the graph that the lines read
+    for line in lines:
+        result = CliRunner().invoke(app, shlex.split(line))
+        assert result.exit_code == 0, (line, result.output)
+        assert result.stdout.strip()
+    assert {path.name for path in tmp_path.iterdir()} == {"ring.gr", "ring.json", "ring.png", "plan.npz"}
 
 
 def test_the_first_block_is_ten_lines_and_shows_its_table() -> None:

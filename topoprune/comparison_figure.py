@@ -68,19 +68,19 @@ def draw_comparison(comparison: Comparison, path: str | os.PathLike[str], *, tit
     for y, row in finite:
         proven = row["gap"] == 0
         left.barh(y, row["objective"], height=0.62, color=_PROVEN if proven else _OPEN)
-    bound = next((row["bound"] for _, row in solved if row["bound"] is not None), None)
-    if bound is not None and math.isfinite(bound):
+    bound = next((row["bound"] for _, row in solved if row["bound"] is not None and math.isfinite(row["bound"])), None)
+    if bound is not None:
         left.axvline(bound, color=_BOUND, linewidth=1.6, linestyle=(0, (4, 2)))
     # The space right of the longest bar is for the texts.
     extent = max([abs(row["objective"]) for _, row in finite] + [abs(bound or 0.0), 1e-12])
     lowest = min([0.0] + [row["objective"] for _, row in finite])
-    left.set_xlim(
-        1.02 * lowest, (1.45 if any(math.isnan(row["gap"]) or row["gap"] for _, row in solved) else 1.35) * extent
-    )
+    left.set_xlim(1.02 * lowest, 1.4 * extent)
     for y, row in enumerate(rows):
         if row["error"]:
             reason = str(row["error"])
-            left.text(0.01 * extent, y, reason if len(reason) <= 70 else reason[:67] + "...", va="center", color=_GREY)
+            reason = reason if len(reason) <= 70 else reason[:67] + "..."
+            clear = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+            left.text(0.01 * extent, y, reason, va="center", color=_GREY, fontsize=9, bbox=clear)
             continue
         gap = "no bound" if math.isnan(row["gap"]) else "optimal" if row["gap"] == 0 else f"gap {row['gap']:.1%}"
         start = max(row["objective"], bound or 0.0, 0.0) if math.isfinite(row["objective"]) else 0.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topoprune.files import atomic_path
-from topoprune.planning import Plan
+from topoprune.planning import Joint, Plan
 from topoprune_solvers import Bound, Solution, best_bound, relative_gap
 
 if TYPE_CHECKING:
@@ -42,18 +42,21 @@ class Comparison:
     @property
     def best(self) -> str | None:
         """Name of the solver with the best objective, the first of several; None if all refused."""
-        sense = next((s.sense for plan in self.plans.values() for s in plan.solutions.values()), "min")
+        sense = next((part.sense for plan in self.plans.values() for part in _parts(plan).values()), "min")
         sign = 1 if sense == "min" else -1
         solved = [row for row in self.rows if not row["error"]]
         return min(solved, key=lambda row: sign * row["objective"])["solver"] if solved else None
 
     def per_site(self) -> list[dict[str, Any]]:
-        """Return one row a solver and site: the keys of `rows`, with site, own_bound and bound_source."""
+        """Return one row a solver and site: the keys of `rows`, with site, own_bound and bound_source.
+
+        Sites that shared a budget are one row, named by how many they are.
+        """
         bounds = best_bounds(self.plans)
         return [
-            {"solver": name, "site": site, **_site_row(solution, bounds[site])}
+            {"solver": name, "site": site, **_site_row(plan, part, bounds[site])}
             for name, plan in self.plans.items()
-            for site, solution in plan.solutions.items()
+            for site, part in _parts(plan).items()
         ]
 
     def __str__(self) -> str:
@@ -138,8 +141,8 @@ def best_bounds(plans: Mapping[str, Plan]) -> dict[str, Bound | None]:
     if first is None:
         return {}
     return {
-        site: best_bound(solution.sense, [plan.solutions[site].bound for plan in plans.values()])
-        for site, solution in first.solutions.items()
+        site: best_bound(part.sense, [_parts(plan)[site].bound for plan in plans.values()])
+        for site, part in _parts(first).items()
     }
 
 
@@ -148,11 +151,11 @@ def solver_row(name: str, plan: Plan | str, bounds: Mapping[str, Bound | None]) 
     if isinstance(plan, str):
         empty = ("kept", "units", "objective", "bound", "gap", "ratio", "seconds", "status")
         return {"solver": name, **dict.fromkeys(empty), "error": plan}
-    solutions = plan.solutions
+    solutions, parts = plan.solutions, _parts(plan)
     known = [bound.value for bound in bounds.values() if bound is not None]
     complete = len(known) == len(bounds)
-    gaps = [relative_gap(solutions[site].objective, b.value) for site, b in bounds.items() if b is not None]
-    objective, bound = sum(s.objective for s in solutions.values()), sum(known) if complete else None
+    gaps = [relative_gap(parts[site].objective, b.value) for site, b in bounds.items() if b is not None]
+    objective, bound = sum(part.objective for part in parts.values()), sum(known) if complete else None
     return {
         "solver": name,
         "kept": sum(s.n_kept for s in solutions.values()),
@@ -162,16 +165,26 @@ def solver_row(name: str, plan: Plan | str, bounds: Mapping[str, Bound | None]) 
         "gap": max(gaps, default=0.0) if complete else math.nan,
         "ratio": _ratio(objective, bound),
         "seconds": plan.seconds,
-        "status": ", ".join(sorted({s.status.name for s in solutions.values()})),
+        "status": ", ".join(sorted({part.status.name for part in parts.values()})),
         "error": "",
     }
 
 
-def _site_row(solution: Solution, bound: Bound | None) -> dict[str, Any]:
+def _parts(plan: Plan) -> dict[str, Solution | Joint]:
+    """Return what has a certificate: solutions by site, and the joint ones of sites that shared a budget."""
+    together = {site for joint in plan.joint for site in joint.sites}
+    parts: dict[str, Solution | Joint] = {
+        site: solution for site, solution in plan.solutions.items() if site not in together
+    }
+    return parts | {f"{len(joint.sites)} sites together": joint for joint in plan.joint}
+
+
+def _site_row(plan: Plan, solution: Solution | Joint, bound: Bound | None) -> dict[str, Any]:
     value = None if bound is None else bound.value
+    members = [plan.solutions[site] for site in solution.sites] if isinstance(solution, Joint) else [solution]
     return {
-        "kept": solution.n_kept,
-        "units": solution.n_units,
+        "kept": sum(member.n_kept for member in members),
+        "units": sum(member.n_units for member in members),
         "objective": solution.objective,
         "bound": value,
         "own_bound": None if solution.bound is None else solution.bound.value,

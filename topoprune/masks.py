@@ -70,7 +70,7 @@ def fit_sites(model: nn.Module, planned: Sequence[Site]) -> tuple[Site, ...]:
         return tuple(planned)
     model_type = getattr(model.config, "model_type", None)
     include = tuple(dict.fromkeys(_INCLUDE[site.kind] for site in planned))
-    found = {site.name: site for site in find_sites(model, include=include)}
+    found = {site.name: site for site in find_sites(model, include=include, gqa=_gqa(planned))}
     for site in planned:
         if site.name not in found:
             raise ValueError(
@@ -84,6 +84,10 @@ def fit_sites(model: nn.Module, planned: Sequence[Site]) -> tuple[Site, ...]:
                 f"(tensors {[s.shape for s in site.slices][:3]} against {[s.shape for s in here.slices][:3]})"
             )
     return tuple(found[site.name] for site in planned)
+
+
+def _gqa(planned: Iterable[Site]) -> str:
+    return "query-heads" if any(site.n_groups for site in planned) else "groups"
 
 
 def apply(
@@ -130,7 +134,7 @@ def apply(
         pruned = [s for s in sites if s.consumer and s.name in plan.solutions and not plan.keep(s.name).all()]
         moments = dict(collect_gram(model, pruned, calibration))
     # The paper's merge writes into the FFN behind a layer's heads, which a plan on heads alone does not name.
-    around = find_sites(model) if merge == "paper" and _family_known(model) else sites
+    around = find_sites(model, gqa=_gqa(sites)) if merge == "paper" and _family_known(model) else sites
     changed = merged_weights(model, around, plan, merge, moments, ridge=ridge)
     return MaskHandle(model, plan, sites=sites, changed=changed)
 
@@ -141,7 +145,7 @@ def _renaming(plan: Plan, sites: Sequence[Site]) -> dict[str, str]:
     return {
         old.param: new.param
         for planned in plan.sites
-        for old, new in zip(planned.slices, here[planned.name].slices, strict=True)
+        for old, new in zip(planned.tensors, here[planned.name].tensors, strict=True)
     }
 
 
@@ -393,7 +397,9 @@ class MaskHandle:
                 if np.array_equal(array, here.keep)
                 else replace(here, keep=array, dominator=None, dominator_distance=None, bound=None)
             )
-        self.refresh(replace(self.plan, solutions=solutions))
+        changed = {name for name, solution in solutions.items() if solution is not self.plan.solutions[name]}
+        joint = tuple(known for known in self.plan.joint if not changed.intersection(known.sites))
+        self.refresh(replace(self.plan, solutions=solutions, joint=joint))
 
     def __enter__(self) -> MaskHandle:
         self._require_open()

@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from topoprune.budgets import Joint, Objective, budget_count, model_problem, site_problem, solve_model
 from topoprune.files import read_npz, write_npz
 from topoprune.graph import SCHEMA_VERSION, Graph, ModelGraph, Site, structure_digest
 from topoprune_solvers import (
     Bound,
-    BudgetedDomination,
     DominatingSet,
     EdgeSelection,
-    SoftDomination,
     Solution,
     Solver,
     Status,
@@ -29,10 +28,9 @@ from topoprune_solvers import (
     solve_many,
 )
 
-__all__ = ["Plan", "ProblemName", "resolve_theta", "solve"]
+__all__ = ["Joint", "Plan", "ProblemName", "resolve_theta", "solve"]
 
 ProblemName = Literal["heads", "neurons", "edges", "graph"]
-Objective = Literal["k-centre", "soft"]
 _KINDS: dict[str, tuple[Any, ...]] = {"heads": ("head", "kv_group"), "neurons": ("neuron",), "graph": ("node",)}
 
 
@@ -47,6 +45,11 @@ class Plan:
         edge_axes: parameter name -> (row axis, (rows, columns)) for edge solutions.
         request: what was asked for (theta or budget, problem, solver, ...), JSON-ready.
         weights_digest: digest of the weights the graph was made from, or ``""``.
+        joint: one certificate for every set of sites that shared a budget; their own solutions have no bound.
+
+    Raises:
+        ValueError: a solution of an unknown site or of another size, or one that keeps unequal numbers of
+            query heads in the KV groups of a site with `Site.n_groups`.
     """
 
     sites: tuple[Site, ...]
@@ -54,6 +57,7 @@ class Plan:
     edge_axes: Mapping[str, tuple[int, tuple[int, int]]] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     weights_digest: str = ""
+    joint: tuple[Joint, ...] = ()
 
     def __post_init__(self) -> None:
         units = {site.name: site.n_units for site in self.sites}
@@ -66,6 +70,17 @@ class Plan:
                 raise ValueError(f"plan names unknown site {name!r}; known: {', '.join(list(units)[:5])}, ...")
             if solution.keep.shape != (expected,):
                 raise ValueError(f"plan of {name!r} decides on {solution.keep.shape}, expected ({expected},)")
+        for site in self.sites:
+            if site.n_groups and site.name in self.solutions:
+                counts = self.solutions[site.name].keep.reshape(site.n_groups, -1).sum(axis=1)
+                if counts.min() != counts.max():
+                    raise ValueError(
+                        f"plan of {site.name!r} keeps {counts.tolist()} query heads in its KV groups, expected equally "
+                        "many in each: a model cut like that would pair query heads with the wrong keys and values"
+                    )
+        strange = [name for joint in self.joint for name in joint.sites if name not in self.solutions]
+        if strange:
+            raise ValueError(f"a joint certificate names {strange[:5]}, which the plan does not decide on")
         for label in ("solutions", "edge_axes", "request"):
             object.__setattr__(self, label, MappingProxyType(dict(getattr(self, label))))
 
@@ -76,14 +91,20 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """Largest relative gap over all solutions; nan if one has no bound."""
-        gaps = [solution.gap for solution in self.solutions.values()]
+        """Largest relative gap over all solutions; nan if one has no bound.
+
+        Sites that shared a budget count once, with the gap of their joint certificate.
+        """
+        together = {name for joint in self.joint for name in joint.sites}
+        gaps = [solution.gap for name, solution in self.solutions.items() if name not in together]
+        gaps += [joint.gap for joint in self.joint]
         return math.nan if any(math.isnan(g) for g in gaps) else max(gaps, default=0.0)
 
     @property
     def seconds(self) -> float:
         """Solver time over all sites, in seconds."""
-        return sum(solution.seconds for solution in self.solutions.values())
+        alone = sum(solution.seconds for solution in self.solutions.values())
+        return alone + sum(joint.seconds for joint in self.joint)
 
     def site(self, name: str) -> Site:
         """Return a site of the plan by name; KeyError lists the known ones."""
@@ -120,6 +141,7 @@ class Plan:
             {**self.edge_axes, **other.edge_axes},
             {"combined": [dict(self.request), dict(other.request)]},
             digest,
+            self.joint + other.joint,
         )
 
     def __or__(self, other: Plan) -> Plan:
@@ -159,6 +181,13 @@ class Plan:
                 f"{row['site']:34} {kept:>13} {row['objective']:11.5g} {bound:>11} {gap:>7} "
                 f"{1e3 * row['seconds']:8.2f}  {row['solver']}{source}"
             )
+        for joint in self.joint:
+            bound = "no bound" if joint.bound is None else f"bound {joint.bound.value:.5g}, gap {joint.gap:.2%}"
+            source = "" if joint.bound is None else f", {joint.bound.source}"
+            lines.append(
+                f"{len(joint.sites)} sites under one budget: objective {joint.objective:.5g}, {bound}, "
+                f"{1e3 * joint.seconds:.2f} ms  {joint.solver}{source}"
+            )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -191,6 +220,7 @@ class Plan:
             "schema_version": SCHEMA_VERSION,
             "sites": [site.to_dict() for site in self.sites],
             "solutions": rows,
+            "joint": [joint.to_dict() for joint in self.joint],
             "edge_axes": {name: [axis, list(shape)] for name, (axis, shape) in self.edge_axes.items()},
             "request": json.loads(json.dumps(dict(self.request), default=str)),
             "structure_digest": self.structure_digest,
@@ -231,6 +261,7 @@ class Plan:
             {name: (axis, (shape[0], shape[1])) for name, (axis, shape) in header["edge_axes"].items()},
             header["request"],
             header["weights_digest"],
+            tuple(Joint.from_dict(joint) for joint in header.get("joint", ())),
         )
 
 
@@ -261,19 +292,6 @@ def resolve_theta(theta: float | str, graph: Graph) -> float:
     return float(theta)
 
 
-def _budget_count(budget: float, n: int, name: str) -> int:
-    """Turn a budget into a number of units kept in one site."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)):
-        raise ValueError(f"budget is {budget!r}; expected how many units to keep (int) or what share of them (float)")
-    if isinstance(budget, (int, np.integer)):
-        if not 1 <= budget <= n:
-            raise ValueError(f"budget asks to keep {budget} units of {name!r}, which has {n}; expected 1..{n}")
-        return int(budget)
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget is {budget!r}; as a share of units to keep it must lie in (0, 1]")
-    return max(1, round(float(budget) * n))
-
-
 def solve(
     graph: ModelGraph,
     *,
@@ -284,10 +302,15 @@ def solve(
     objective: Objective = "k-centre",
     attachment: float = 0.0,
     reading: Literal["a", "b"] = "b",
+    scope: Literal["site", "model"] = "site",
+    floor: int = 1,
     time_limit: float | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Decide what stays, site by site, with a certificate for each.
+    """Decide what stays, site by site or over the model, with certificates.
+
+    Query heads of grouped-query attention (``extract(..., gqa="query-heads")``) always stay in equal numbers
+    in every KV group.
 
     Args:
         graph: from `extract`.
@@ -295,21 +318,29 @@ def solve(
             distances): the smallest set of units such that every pruned one has a kept one
             within theta (problem A).
         budget: how many units of each site to keep (int), or what share (float in (0, 1]).
-            Exactly that many stay (problem B; edges: problem D, share of weight edges).
+            Exactly that many stay (problem B; edges: problem D, share of weight edges). On query heads
+            a count must be a multiple of the number of KV groups, a share goes to the nearest one.
         problem: ``"heads"`` (heads and KV groups), ``"neurons"`` or ``"edges"``.
         solver: registry name or object; default ``"exact"`` for heads, ``"greedy"`` else.
         objective: with `budget` on units: ``"k-centre"`` (smallest covering distance) or
             ``"soft"`` (most importance explained; needs a normalised measure).
         attachment: problem D, strength of preferential attachment, in units of mean |w|.
         reading: problem D, reading of NeuroPrune's Eq. 1.
-        time_limit: seconds per site. seed: for solvers that draw random numbers.
+        scope: ``"site"``: `budget` holds for each site. ``"model"``: for all sites together (units only); one
+            problem on the disjoint union of their graphs in which every layer counts the same
+            (`topoprune.budgets.model_problem`: importances sum to 1 per layer), with one certificate, `Plan.joint`.
+        floor: with ``scope="model"``, least units to keep in each site.
+        time_limit: seconds per site, with ``scope="model"`` for all; None sets no limit. An exact solver then
+            runs until it has a proof, which on neurons can take for ever: give one there.
+        seed: for solvers that draw random numbers.
 
     Returns:
         A `Plan` whose every solution was verified against its problem.
 
     Raises:
         ValueError: theta and budget both or neither given, values out of range, an unknown
-            solver or problem, or a graph without what the problem needs.
+            solver or problem, a graph without what the problem needs, theta on query heads, or a
+            budget that their KV groups cannot share equally.
 
     Complexity: the solver's, per site.
     """
@@ -322,6 +353,10 @@ def solve(
         "solver": solver if isinstance(solver, str) or solver is None else solver.name,
         "seed": seed,
     }
+    if scope not in ("site", "model"):
+        raise ValueError(f"unknown scope {scope!r}; available: site, model")
+    if scope == "model" and (budget is None or problem == "edges"):
+        raise ValueError("scope='model' shares a budget= of units among sites; theta and edges are decided per site")
     if problem == "edges":
         if budget is None:
             raise ValueError("problem 'edges' needs budget= (share of weight edges to keep), not theta")
@@ -335,30 +370,29 @@ def solve(
             f"the graph has no similarity graph for {problem}; run extract(model, include=({problem!r},)) "
             "on a model that has them"
         )
+    if scope == "model":
+        assert budget is not None
+        whole = model_problem(graph, sites, budget, objective, floor)
+        engine = get_solver(solver or _default_solver(problem, type(whole)), type(whole))
+        decided, joint = solve_model(graph, sites, whole, engine, time_limit=time_limit, seed=seed)
+        request |= {"solver": engine.name, "objective": objective, "scope": scope, "floor": floor}
+        return Plan(graph.sites, decided, request=request, weights_digest=graph.weights_digest, joint=(joint,))
     problems: list[Any] = []
     thresholds: dict[str, float] = {}
     for site in sites:
-        similarity = graph.redundancy[site.name]
-        importance = graph.importance.get(site.name)
-        if theta is not None:
-            thresholds[site.name] = resolve_theta(theta, similarity)
-            near = similarity.at_most(thresholds[site.name])
-            problems.append(DominatingSet(near.indptr, near.indices, near.weight))
+        if theta is None:
+            assert budget is not None
+            problems.append(site_problem(graph, site, budget_count(budget, site), objective))
             continue
-        assert budget is not None
-        k = _budget_count(budget, site.n_units, site.name)
-        csr = similarity.indptr, similarity.indices, similarity.weight
-        if objective == "k-centre":
-            problems.append(BudgetedDomination(*csr, k=k, importance=importance))
-        elif objective == "soft":
-            if not similarity.normalised:
-                raise ValueError(
-                    f"objective 'soft' needs a similarity in [0, 1]; measure {graph.measures.get(site.name)!r} of "
-                    f"{site.name!r} has none. Use measure='output-gram', or objective='k-centre'"
-                )
-            problems.append(SoftDomination(*csr, k=k, importance=importance))
-        else:
-            raise ValueError(f"unknown objective {objective!r}; available: k-centre, soft")
+        if site.n_groups:
+            raise ValueError(
+                f"theta does not say how many query heads each KV group of {site.name!r} keeps, and they must be "
+                "equally many; give budget=, or extract with gqa='groups'"
+            )
+        similarity = graph.redundancy[site.name]
+        thresholds[site.name] = resolve_theta(theta, similarity)
+        near = similarity.at_most(thresholds[site.name])
+        problems.append(DominatingSet(near.indptr, near.indices, near.weight))
     engine = get_solver(solver or _default_solver(problem, type(problems[0])), type(problems[0]))
     solutions = solve_many(problems, engine, time_limit=time_limit, seed=seed)
     request |= {"solver": engine.name, "objective": "domination" if theta is not None else objective}

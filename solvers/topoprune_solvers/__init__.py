@@ -9,6 +9,7 @@
 from topoprune_solvers.base import Capabilities, Solver, register
 from topoprune_solvers.csr import adjacency_from_dense, adjacency_from_edges, check_adjacency
 from topoprune_solvers.problems import (
+    BlockMask,
     BudgetedDomination,
     DominatingSet,
     EdgeSelection,
@@ -30,6 +31,7 @@ from topoprune_solvers.solution import Bound, Infeasible, Sense, Solution, Statu
 from topoprune_solvers.verify import InvalidSolution, dominators, verify
 
 __all__ = [
+    "BlockMask",
     "Bound",
     "BudgetedDomination",
     "Capabilities",

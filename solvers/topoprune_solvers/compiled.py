@@ -56,5 +56,6 @@ def _plain(function: Function) -> Function:
         return function
     scope = dict(bare.__globals__)
     for name in bare.__code__.co_names:
-        scope[name] = _plain(scope[name]) if hasattr(scope.get(name), "py_func") else scope.get(name)
+        if hasattr(scope.get(name), "py_func"):
+            scope[name] = _plain(scope[name])
     return FunctionType(bare.__code__, scope, bare.__name__, bare.__defaults__)  # type: ignore[return-value]

@@ -10,6 +10,7 @@ without a main guard and under pytest-xdist, and no threads or locks are inherit
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import queue
@@ -38,13 +39,16 @@ class NativeTask:
 
     Args:
         function: ``"package.module:name"``; it is called as ``name(channel, *arguments)`` with a `Channel`.
-        arguments: picklable values.
+        arguments: picklable values, or a function that returns them, called when the process starts (which in a
+            race can be long after the first ones).
         name: what messages and outcomes are labelled with; the function by default.
+        seconds: a limit of its own, after which it alone is killed.
     """
 
     function: str
-    arguments: tuple[Any, ...] = ()
+    arguments: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
     name: str = ""
+    seconds: float = math.inf
 
     @property
     def label(self) -> str:
@@ -143,11 +147,14 @@ def race(
     inbox: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
     outcomes = [NativeOutcome("killed", message="not started") for _ in tasks]
     running: dict[int, _Process] = {}
+    retired: dict[int, _Process] = {}  # killed, but what they sent before may still be on its way
     started, over = 0, False
 
     def handle(number: int, kind: str, value: Any) -> bool:
         if kind == "message":
             return bool(on_message is not None and on_message(tasks[number], value))
+        if number in retired:
+            return False
         outcomes[number] = running.pop(number).outcome(kind, value)
         return bool(on_end is not None and on_end(tasks[number], outcomes[number]))
 
@@ -158,6 +165,10 @@ def race(
                 started += 1
             if deadline.passed() and (not running or time.perf_counter() >= deadline.at + GRACE or _asked(deadline)):
                 break
+            for number in [number for number, process in running.items() if process.overdue()]:
+                running[number].kill()
+                outcomes[number] = NativeOutcome("killed", None, "killed at its own limit", running[number].seconds())
+                retired[number] = running.pop(number)
             with contextlib.suppress(queue.Empty):
                 over = handle(*inbox.get(timeout=_POLL))
     finally:
@@ -204,9 +215,11 @@ class _Process:
     ) -> None:
         self._number, self._inbox = number, inbox
         self._started = time.perf_counter()
-        seconds = deadline.remaining()
+        seconds = min(deadline.remaining(), task.seconds)
+        self._limit = task.seconds
         limit = physical_memory() // 2 if memory_bytes is None else memory_bytes
-        request = (task.function, task.arguments, time.time() + seconds, seconds, limit)
+        arguments = task.arguments() if callable(task.arguments) else task.arguments
+        request = (task.function, arguments, time.time() + seconds, seconds, limit)
         data = pickle.dumps(request, pickle.HIGHEST_PROTOCOL)
         # The same search path as here, and no current folder in front of it whose files could shadow modules.
         boot = f"import sys; sys.path[:] = {sys.path!r}; from topoprune_solvers.native import worker; worker()"
@@ -258,6 +271,10 @@ class _Process:
     def seconds(self) -> float:
         """Return the seconds since the start."""
         return time.perf_counter() - self._started
+
+    def overdue(self) -> bool:
+        """Return True past the task's own limit."""
+        return self.seconds() > self._limit + GRACE
 
     def outcome(self, kind: str, value: Any) -> NativeOutcome:
         """Reap the process after its last message and return how it ended."""

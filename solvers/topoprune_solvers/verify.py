@@ -126,12 +126,12 @@ def _dominating_sets_are_right(problems: Sequence[Any], solutions: Sequence[Solu
 
     nearest = np.full(degree.size, np.inf)
     named = np.full(degree.size, -1)
-    begin = np.flatnonzero(np.diff(row, prepend=-1))
-    if begin.size:
+    if row.size:
+        begin = _first_of_each(row)
         nearest[row[begin]] = np.minimum.reduceat(weight, begin)
         best = np.flatnonzero(weight == nearest[row])
         # ascending columns: the first of equally near units has the lowest number
-        best = best[np.diff(row[best], prepend=-1) != 0]
+        best = best[_first_of_each(row[best])]
         named[row[best]] = column[best] - offset[row[best]]
     nearest[keep] = 0.0
     named[keep] = (np.arange(degree.size) - offset)[keep]
@@ -150,6 +150,11 @@ def _dominating_sets_are_right(problems: Sequence[Any], solutions: Sequence[Solu
     right &= bound <= true + slack
     right &= ~optimal | (bound >= true - slack)
     return bool(np.all(right) and np.all(np.isfinite(true)))
+
+
+def _first_of_each(ascending: np.ndarray) -> np.ndarray:
+    """Return the position of the first of each run of equal numbers."""
+    return np.concatenate([[0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1])
 
 
 def _close(left: float, right: float) -> bool:

@@ -27,7 +27,7 @@ ALL = [(kind, name) for kind in TYPES for name in available_solvers(kind)]
 EXACT = [(kind, name) for kind, name in ALL if get_solver(name, kind).capabilities.exact]
 UNLIMITED = [(kind, name) for kind, name in ALL if get_solver(name, kind).capabilities.max_units is None]
 FORMS = {"plain": unit_problems, "grouped": grouped_problems}
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=25, deadline=None)
 both_forms = pytest.mark.parametrize("form", FORMS)
 
 
@@ -44,9 +44,7 @@ def no_better(problem: Any, value: float, optimum: float) -> bool:
 @pytest.mark.parametrize(("kind", "name"), ALL)
 @few
 @given(data=st.data())
-def test_bound_optimum_objective_are_in_order(
-    kind: type, name: str, form: str, data: st.DataObject
-) -> None:
+def test_bound_optimum_objective_are_in_order(kind: type, name: str, form: str, data: st.DataObject) -> None:
     problem = data.draw(FORMS[form](kind, max_n=8))
     optimum = solve(problem, "brute").objective
     solution = solve(problem, name)  # verified inside
@@ -63,9 +61,7 @@ def test_bound_optimum_objective_are_in_order(
 @pytest.mark.parametrize(("kind", "name"), EXACT)
 @few
 @given(data=st.data())
-def test_relabelling_does_not_change_an_exact_objective(
-    kind: type, name: str, form: str, data: st.DataObject
-) -> None:
+def test_relabelling_does_not_change_an_exact_objective(kind: type, name: str, form: str, data: st.DataObject) -> None:
     problem = data.draw(FORMS[form](kind, max_n=7))
     order = np.array(data.draw(st.permutations(range(problem.n))), dtype=np.int64)
     assert close(solve(problem, name).objective, solve(relabel(problem, order), name).objective)
@@ -75,9 +71,7 @@ def test_relabelling_does_not_change_an_exact_objective(
 @pytest.mark.parametrize(("kind", "name"), ALL)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_warm_start_time_limit_and_repetition(
-    kind: type, name: str, form: str, data: st.DataObject
-) -> None:
+def test_warm_start_time_limit_and_repetition(kind: type, name: str, form: str, data: st.DataObject) -> None:
     problem = data.draw(FORMS[form](kind, max_n=8))
     start = np.array(data.draw(st.lists(st.booleans(), min_size=problem.n, max_size=problem.n)), dtype=bool)
     solve(problem, name, time_limit=1e-7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from topoprune_solvers import (
     verify,
 )
 from topoprune_solvers.base import SOLVERS, Capabilities, register
+from topoprune_solvers.verify import verify_many
 
 PROBLEM = DominatingSet.from_edges(*named_graph("path")[:2], forced=np.arange(7) == 1, forbidden=np.arange(7) == 6)
 GOOD = solve(PROBLEM, "exact")
@@ -44,29 +46,73 @@ def flip(array: np.ndarray | None, position: int, value: float) -> np.ndarray:
     return changed
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"keep": np.ones(3, bool)}, "keep has shape"),
-        ({"sense": "max"}, "sense 'max'"),
-        ({"keep": flip(GOOD.keep, 1, False)}, "a forced unit was pruned"),
-        ({"keep": flip(GOOD.keep, 6, True)}, "a forbidden unit was kept"),
-        ({"keep": np.arange(7) == 1}, r"units \[3, 4, 5, 6\] are not covered"),
-        ({"objective": GOOD.objective - 1}, "recomputed"),
-        ({"objective": math.nan}, "recomputed"),
-        ({"bound": Bound(GOOD.objective + 1, "wishful thinking")}, "beyond the objective"),
-        ({"bound": None}, "OPTIMAL without a bound"),
-        ({"bound": Bound(0.0, "nothing")}, "status OPTIMAL, but bound"),
-        ({"dominator": None}, "no dominators given"),
-        ({"dominator_distance": None}, "no dominator distances"),
-        ({"dominator": flip(GOOD.dominator, 0, 5)}, "not the nearest kept neighbour"),
-        ({"dominator_distance": flip(GOOD.dominator_distance, 0, 0.5)}, "distance is wrong"),
-    ],
-)
+CORRUPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"keep": np.ones(3, bool)}, "keep has shape"),
+    ({"sense": "max"}, "sense 'max'"),
+    ({"keep": flip(GOOD.keep, 1, False)}, "a forced unit was pruned"),
+    ({"keep": flip(GOOD.keep, 6, True)}, "a forbidden unit was kept"),
+    ({"keep": np.arange(7) == 1}, r"units \[3, 4, 5, 6\] are not covered"),
+    ({"objective": GOOD.objective - 1}, "recomputed"),
+    ({"objective": math.nan}, "recomputed"),
+    ({"bound": Bound(GOOD.objective + 1, "wishful thinking")}, "beyond the objective"),
+    ({"bound": None}, "OPTIMAL without a bound"),
+    ({"bound": Bound(0.0, "nothing")}, "status OPTIMAL, but bound"),
+    ({"dominator": None}, "no dominators given"),
+    ({"dominator_distance": None}, "no dominator distances"),
+    ({"dominator": flip(GOOD.dominator, 0, 5)}, "not the nearest kept neighbour"),
+    ({"dominator_distance": flip(GOOD.dominator_distance, 0, 0.5)}, "distance is wrong"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CORRUPTIONS)
 def test_verify_rejects_a_corrupted_solution(changes: dict[str, Any], message: str) -> None:
     verify(PROBLEM, GOOD)
     with pytest.raises(InvalidSolution, match=message):
         verify(PROBLEM, replace(GOOD, **changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), CORRUPTIONS)
+def test_verify_many_finds_a_corrupted_solution_among_others(changes: dict[str, Any], message: str) -> None:
+    others = [DominatingSet.from_edges(0, []), DominatingSet(*random_graph(9, 0.3, 1)), DominatingSet.from_edges(1, [])]
+    problems = [*others, PROBLEM, *others]
+    solutions = solve_many(problems, "exact")
+    verify_many(problems, solutions)
+    solutions[3] = replace(GOOD, **changes)
+    with pytest.raises(InvalidSolution, match=message):
+        verify_many(problems, solutions)
+
+
+def outcome(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except InvalidSolution as error:
+        return str(error)
+    return ""
+
+
+def test_verify_many_agrees_with_verify_on_random_changes() -> None:
+    rng = np.random.default_rng(0)
+    problems = [
+        DominatingSet(*random_graph(8, 0.3, seed), cost=rng.integers(0, 3, 8), demand=rng.integers(0, 2, 8))
+        for seed in range(4)
+    ]
+    good = solve_many(problems, "exact")
+    found = 0
+    for _ in range(200):
+        solutions = list(good)
+        number, field = int(rng.integers(4)), str(rng.choice(["keep", "dominator", "dominator_distance"]))
+        array = getattr(good[number], field).copy()
+        array[rng.integers(8)] = rng.choice([0, 1, 3, 0.5] if field != "keep" else [False, True])
+        solutions[number] = replace(good[number], **{field: array})
+        outcomes = [
+            outcome(lambda one=problems[number], other=solutions[number]: verify(one, other)),
+            outcome(lambda these=solutions: verify_many(problems, these)),
+        ]
+        assert outcomes[0] == outcomes[1]
+        found += bool(outcomes[0])
+    assert 50 < found < 200
+    with pytest.raises(InvalidSolution, match="3 solutions for 4 problems"):
+        verify_many(problems, good[:3])
 
 
 @pytest.mark.parametrize("kind", [BudgetedDomination, SoftDomination])
@@ -179,7 +225,7 @@ def test_edge_lists_may_repeat_and_loop() -> None:
 
 BLOCKED = """
 import sys
-for name in ("torch", "ortools", "igraph", "networkx", "transformers"):
+for name in ("torch", "ortools", "igraph", "networkx", "transformers", "numba", "pysat"):
     sys.modules[name] = None
 import numpy as np
 from topoprune_solvers import BudgetedDomination, DominatingSet, available_solvers, solve, solver_names
@@ -192,10 +238,10 @@ else:
     raise SystemExit("cp-sat ran without ortools")
 rng = np.random.default_rng(0)
 edges = rng.integers(0, 120, (500, 2))
-large = solve(DominatingSet.from_edges(120, edges), "exact")
-assert large.status.name == "FEASIBLE" and large.bound.value > 10, large
+large = solve(DominatingSet.from_edges(120, edges), "exact", time_limit=3)
+assert large.status.name in ("OPTIMAL", "TIME_LIMIT") and 10 < large.bound.value <= large.objective < 20, large
 budget = DominatingSet.from_edges(120, edges)
-assert solve(BudgetedDomination(budget.indptr, budget.indices, k=60), "exact").objective == 0
+assert solve(BudgetedDomination(budget.indptr, budget.indices, k=60), "exact", time_limit=3).objective == 0
 small = solve(DominatingSet.from_edges(12, [(i, (i + 1) % 12) for i in range(12)]), "exact")
 assert small.status.name == "OPTIMAL" and small.n_kept == 4
 """
@@ -204,7 +250,8 @@ LAZY = """
 import sys
 import topoprune_solvers
 topoprune_solvers.available_solvers(topoprune_solvers.DominatingSet)
-heavy = [name for name in ("torch", "ortools", "igraph", "networkx", "matplotlib", "topoprune") if name in sys.modules]
+names = ("torch", "ortools", "igraph", "networkx", "matplotlib", "numba", "pysat", "topoprune")
+heavy = [name for name in names if name in sys.modules]
 assert not heavy, heavy
 """
 

@@ -10,28 +10,33 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from topoprune_solvers import EdgeSelection, Infeasible, available_solvers, get_solver, solve
-from topoprune_solvers.edges.common import bounded_sides, select_edges, top_edges
-from topoprune_solvers.edges.lagrangian import budget_price, row_values
+from topoprune_solvers.edges.common import bounded_sides
+from topoprune_solvers.edges.row_values import budget_price, row_values
+from topoprune_solvers.edges.sorting import select_edges, top_edges
 from topoprune_solvers.solution import Status
 
 SOLVERS = available_solvers(EdgeSelection)
+BASELINES = {"random", "magnitude"}
 LAW = settings(max_examples=40, deadline=None)
 
-# What a solver refuses is declared here once; everything else it must solve.
-NO_ATTACHMENT = {"min-cost-flow"}
-NO_BOUNDS = {"random", "magnitude"}
-NO_COLUMN_BOUNDS = NO_BOUNDS | {"dp"}
-ONE_SIDE = {"greedy"}
+
+def lacks(name: str) -> tuple[str, ...]:
+    return get_solver(name, EdgeSelection).capabilities.lacks
+
+
+TAKE_ATTACHMENT = {name for name in SOLVERS if "attachment" not in lacks(name)}
 
 
 def accepts(name: str, problem: EdgeSelection) -> bool:
-    rows = problem.row_min is not None
-    columns = problem.col_min is not None
-    if name in NO_ATTACHMENT and problem.attachment > 0:
-        return False
-    if (name in NO_BOUNDS and rows) or (name in NO_COLUMN_BOUNDS and columns):
-        return False
-    return not (name in ONE_SIDE and rows and columns)
+    """What a solver refuses is declared in its capabilities; everything else it must solve."""
+    rows, columns = problem.row_min is not None, problem.col_min is not None
+    has = {
+        "attachment": problem.attachment > 0,
+        "row bounds": rows,
+        "column bounds": columns,
+        "two-sided bounds": rows and columns,
+    }
+    return not any(has[feature] for feature in lacks(name))
 
 
 def is_exact(name: str) -> bool:
@@ -89,7 +94,8 @@ def degree_cost(problem: EdgeSelection, keep: np.ndarray) -> float:
 
 
 def test_the_issues_solvers_are_registered() -> None:
-    assert {"brute", "cp-sat", "dp", "greedy", "magnitude", "min-cost-flow", "random"} <= set(SOLVERS)
+    issue = {"brute", "cp-sat", "dp", "dual-flow", "greedy", "lagrangian", "magnitude", "min-cost-flow", "random"}
+    assert issue <= set(SOLVERS)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -112,7 +118,7 @@ def test_bound_optimum_objective(name: str, problem: EdgeSelection) -> None:
         assert solution.status is Status.OPTIMAL or solution.bound.value - solution.objective <= resolution
 
 
-@pytest.mark.parametrize("name", sorted(NO_ATTACHMENT | NO_COLUMN_BOUNDS | ONE_SIDE))
+@pytest.mark.parametrize("name", [name for name in SOLVERS if lacks(name)])
 @LAW
 @given(problem=problems())
 def test_a_solver_refuses_clearly_and_only_what_it_must(name: str, problem: EdgeSelection) -> None:
@@ -151,7 +157,9 @@ def test_greedy_is_never_worse_than_the_top_k(problem: EdgeSelection) -> None:
     assert solve(problem, "greedy").objective >= problem.objective(top)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in NO_ATTACHMENT | {"random", "magnitude"}])
+@pytest.mark.parametrize(
+    "name", [name for name in SOLVERS if "attachment" not in lacks(name) and name not in BASELINES]
+)
 @LAW
 @given(problem=problems(attachment=True))
 def test_attachment_concentrates_degrees(name: str, problem: EdgeSelection) -> None:
@@ -213,10 +221,10 @@ def test_the_price_search_finds_the_best_price(problem: EdgeSelection, price: fl
     """No price gives a lower bound than the bisection does (slow twin: evaluate the formula)."""
     assume(problem.score.max() < 1e6)
     table = row_values(problem)
-    bound, fewer, more = budget_price(table, problem.k)
-    assert fewer.sum() <= problem.k <= more.sum()
+    best = budget_price(table, problem.k)
+    assert best.fewer.sum() <= problem.k <= best.more.sum()
     at_price = (table.value - price * np.arange(problem.shape[1] + 1)).max(axis=1).sum() + price * problem.k
-    assert bound <= at_price + 1e-9 * max(1.0, abs(at_price))
+    assert best.bound <= at_price + 1e-9 * max(1.0, abs(at_price))
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if is_exact(name)])
@@ -282,7 +290,7 @@ def test_random_depends_on_the_seed_only() -> None:
     assert not np.array_equal(*masks)
 
 
-@pytest.mark.parametrize("name", ["brute", "min-cost-flow", "cp-sat"])
+@pytest.mark.parametrize("name", ["brute", "dual-flow", "min-cost-flow", "cp-sat"])
 def test_bounds_that_fit_alone_but_not_together_are_infeasible(name: str) -> None:
     # Row 0 must keep both its edges, row 1 none, yet column 0 wants two edges: 2 of 2 rows.
     problem = EdgeSelection(
@@ -309,13 +317,13 @@ def test_bounds_whose_sums_miss_k_are_infeasible_at_once() -> None:
 
 def test_two_sided_bounds_name_the_solvers_that_take_them() -> None:
     problem = EdgeSelection(np.ones((3, 3)), 3, row_max=np.ones(3, int), col_max=np.ones(3, int))
-    with pytest.raises(ValueError, match="'min-cost-flow'"):
+    with pytest.raises(ValueError, match="'dual-flow'"):
         solve(problem, "greedy")
     assert solve(problem, "min-cost-flow").objective == 3.0
 
 
 def test_min_cost_flow_names_the_solvers_for_attachment() -> None:
-    with pytest.raises(ValueError, match=r"attachment 0, found 2.*'greedy'.*'cp-sat'"):
+    with pytest.raises(ValueError, match=r"attachment 0, found 2.*'lagrangian'.*'cp-sat'"):
         solve(EdgeSelection(np.ones((2, 2)), 2, attachment=2.0), "min-cost-flow")
 
 
@@ -340,7 +348,7 @@ def test_a_time_limit_of_nothing_returns_the_start() -> None:
     assert solution.bound is not None
 
 
-@pytest.mark.parametrize("name", ["greedy", "cp-sat"])
+@pytest.mark.parametrize("name", ["greedy", "lagrangian", "cp-sat"])
 def test_a_warm_start_is_checked_and_used(name: str) -> None:
     problem = EdgeSelection(np.random.default_rng(3).random((5, 6)), 12, attachment=5.0)
     best = solve(problem, "dp")

@@ -1,4 +1,4 @@
-"""The command ``topoprune``: demo, train, extract, solve, compare, doctor."""
+"""The command ``topoprune``: demo, train, extract, solve, compare, solvers, doctor."""
 
 from topoprune.cli.app import app, main
 

@@ -11,6 +11,7 @@ from topoprune.cli.compare import compare
 from topoprune.cli.doctor import doctor
 from topoprune.cli.graphs import extract, solve
 from topoprune.cli.output import set_debug
+from topoprune.cli.solvers import solvers
 from topoprune.cli.training import demo, train
 
 __all__ = ["app", "main"]
@@ -41,7 +42,7 @@ def options(
     set_debug(debug)
 
 
-for command in (demo, train, extract, solve, compare, doctor):
+for command in (demo, train, extract, solve, compare, solvers, doctor):
     app.command()(command)
 
 

@@ -16,6 +16,7 @@ from topoprune.cli.sources import (
     Objective,
     Problem,
     Samples,
+    Scope,
     Source,
     Theta,
     load,
@@ -35,6 +36,7 @@ def compare(
     budget: Budget = None,
     problem: Problem = None,
     objective: Objective = "k-centre",
+    scope: Scope = "site",
     measure: Measure = None,
     calibration_file: Calibration = None,
     calibration_samples: Samples = 256,
@@ -50,7 +52,7 @@ def compare(
     check_target("--json", json_file)
     if plot is not None:
         check_picture_path(plot)
-    request = requested(theta, budget, objective, time_limit, seed)
+    request = requested(theta, budget, objective, scope, time_limit, seed)
     graph, request = load(source, problem, request, measure, calibration_file, calibration_samples)
     if request.get("theta") is None and request.get("budget") is None and request.get("problem") != "edges":
         request["theta"] = "auto:0.1"

@@ -16,6 +16,7 @@ from topoprune.cli.sources import (
     Objective,
     Problem,
     Samples,
+    Scope,
     Source,
     Theta,
     from_model,
@@ -69,6 +70,7 @@ def solve(
         str | None, typer.Option(help="Registry name; default: exact for heads and up to 64 nodes, greedy else.")
     ] = None,
     objective: Objective = "k-centre",
+    scope: Scope = "site",
     measure: Measure = None,
     calibration_file: Calibration = None,
     calibration_samples: Samples = 256,
@@ -83,7 +85,7 @@ def solve(
 
     check_target("--out", out)
     check_target("--json", json_file)
-    request = requested(theta, budget, objective, time_limit, seed)
+    request = requested(theta, budget, objective, scope, time_limit, seed)
     graph, request = load(source, problem, request, measure, calibration_file, calibration_samples)
     if solver is None and request["problem"] == "graph" and max(site.n_units for site in graph.sites) <= 64:
         solver = "exact"

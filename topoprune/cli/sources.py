@@ -23,6 +23,7 @@ __all__ = [
     "Objective",
     "Problem",
     "Samples",
+    "Scope",
     "Source",
     "Theta",
     "from_model",
@@ -35,8 +36,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="GRAPH|MODEL",
-        help="A graph (.npz, .graphml, PACE .gr, edge list .txt .tsv .csv ..., also .gz .xz), a model folder, a hub id, "
-        "or 'embedded'.",
+        help="A graph (.npz, .graphml, PACE .gr, edge list .txt .tsv .csv ..., also .gz .xz), a model folder, a hub "
+        "id, or 'embedded'.",
     ),
 ]
 Measure = Annotated[
@@ -53,11 +54,12 @@ Problem = Annotated[
     str | None, typer.Option(help="heads (the default), neurons or edges; for a bare graph: leave it out.")
 ]
 Objective = Annotated[str, typer.Option(help="With --budget: k-centre, or soft (most importance explained).")]
+Scope = Annotated[str, typer.Option(help="With --budget: it holds for each site, or for the model as a whole.")]
 Limit = Annotated[float | None, typer.Option(help="Seconds a layer.")]
 
 
 def requested(
-    theta: str | None, budget: str | None, objective: str, time_limit: float | None, seed: int
+    theta: str | None, budget: str | None, objective: str, scope: str, time_limit: float | None, seed: int
 ) -> dict[str, Any]:
     """Return the request of `topoprune.solve` that the options spell, without the problem.
 
@@ -69,6 +71,8 @@ def requested(
     if seed < 0:
         raise ValueError(f"--seed is {seed}; expected an integer >= 0")
     request: dict[str, Any] = {"time_limit": time_limit, "seed": seed}
+    if scope != "site":
+        request["scope"] = scope
     if theta is not None:
         try:
             request["theta"] = float(theta)
@@ -119,7 +123,9 @@ def load(
             f"--measure and --calibration-file are for models; {source} is a graph that was extracted already"
         )
     graph = read_graph(path)
-    return complete_request(ModelGraph.from_graph(graph, path.name) if isinstance(graph, Graph) else graph, request)
+    wrapped = ModelGraph.from_graph(graph, path.name) if isinstance(graph, Graph) else graph
+    wrapped, request = complete_request(wrapped, request)
+    return wrapped, {"problem": "heads", **request}
 
 
 def from_model(

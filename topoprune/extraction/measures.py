@@ -113,9 +113,9 @@ def _circuit_cosine(tensors: Mapping[str, torch.Tensor], site: Site, moment: tor
 
     A head or KV group: mean of the cosines of its QK circuit W_Qᵀ W_K and its VO circuit W_O W_V,
     or VO alone where queries and keys are rotated (site.rotary) or missing. In a group the query
-    heads' W_Q and W_O are summed over the group; query heads as units have the W_K and W_V of their group. A neuron: product of the cosines of its rows
-    (gate and up apart) and its outgoing column, which is the cosine of its rank-one operator
-    w_out ⊗ w_in (⊗ w_up).
+    heads' W_Q and W_O are summed over the group; query heads as units have the W_K and W_V of their
+    group. A neuron: product of the cosines of its rows (gate and up apart) and its outgoing column,
+    which is the cosine of its rank-one operator w_out ⊗ w_in (⊗ w_up).
 
     Biases and relative position biases are left out. A dead unit (operator zero) is at distance 0
     of other dead units and 1 of all others.

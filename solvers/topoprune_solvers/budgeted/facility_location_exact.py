@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,9 +13,12 @@ from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.budgeted.facility_fixing import fix_units
 from topoprune_solvers.budgeted.facility_lagrangian import relax
 from topoprune_solvers.budgeted.facility_location import Prepared, greedy_with_bound
+from topoprune_solvers.budgeted.facility_program import solve_program
+from topoprune_solvers.budgeted.groups import Groups
+from topoprune_solvers.budgeted.service import Service
 from topoprune_solvers.problems import SoftDomination
 from topoprune_solvers.result import Deadline, check_start, unit_solution
-from topoprune_solvers.solution import Bound, Solution, best_bound
+from topoprune_solvers.solution import Bound, Solution, Status, best_bound
 
 __all__ = ["ExactFacilityLocation", "MilpFacilityLocation"]
 
@@ -54,12 +56,11 @@ class MilpFacilityLocation:
         """Return HiGHS' best selection, never worse than greedy with swaps."""
         deadline = Deadline.after(time_limit)
         keep, bound = greedy_with_bound(problem, check_start(problem, warm_start), deadline)
-        stats: dict[str, int] = {}
+        stats: dict[str, Any] = {}
         if bound.value > problem.objective(keep) > 0 and not deadline.passed():
             keep, proven = _milp(problem, keep, deadline, stats)
             bound = best_bound("max", [bound, proven]) or bound
-        late = deadline.passed()
-        return unit_solution(problem, keep, self.name, bound=bound, timed_out=late, tolerance=1e-6, stats=stats)
+        return _finish(self.name, problem, keep, bound, deadline, stats, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,10 @@ class ExactFacilityLocation:
         deadline = Deadline.after(time_limit)
         case = Prepared.of(problem)
         keep, bound = greedy_with_bound(case, check_start(problem, warm_start), deadline)
-        stats: dict[str, int] = {}
+        stats: dict[str, Any] = {}
 
         def finish(tolerance: float = 1e-9) -> Solution:
-            late = deadline.passed()
-            return unit_solution(
-                problem, keep, self.name, bound=bound, timed_out=late, tolerance=tolerance, stats=stats
-            )
+            return _finish(self.name, problem, keep, bound, deadline, stats, tolerance)
 
         def open_gap() -> bool:
             return bound.value > problem.objective(keep) * (1 + 1e-9) and not deadline.passed()
@@ -125,7 +123,23 @@ class ExactFacilityLocation:
         return finish(tolerance=1e-6)
 
 
-def _fixed(case: Prepared, price: np.ndarray, keep: np.ndarray, stats: dict[str, int]) -> tuple[Any, Any, Any]:
+def _finish(
+    name: str,
+    problem: SoftDomination,
+    keep: np.ndarray,
+    bound: Bound,
+    deadline: Deadline,
+    stats: dict[str, Any],
+    tolerance: float,
+) -> Solution:
+    late = deadline.passed()
+    solution = unit_solution(problem, keep, name, bound=bound, timed_out=late, tolerance=tolerance, stats=stats)
+    if "failure" in stats and solution.status is not Status.OPTIMAL:
+        return replace(solution, status=Status.FAILED)
+    return solution
+
+
+def _fixed(case: Prepared, price: np.ndarray, keep: np.ndarray, stats: dict[str, Any]) -> tuple[Any, Any, Any]:
     forced, forbidden = fix_units(case, price, case.problem.objective(keep))
     # The incumbent itself may be cut off with what is no better; the smaller problem must keep a selection.
     forced, forbidden = forced & keep, forbidden & ~keep
@@ -169,58 +183,31 @@ def _enumerate(
 
 
 def _milp(
-    problem: SoftDomination, keep: np.ndarray, deadline: Deadline, stats: dict[str, int]
+    problem: SoftDomination, keep: np.ndarray, deadline: Deadline, stats: dict[str, Any]
 ) -> tuple[np.ndarray, Bound | None]:
     """Let HiGHS improve a selection; return the better one and HiGHS' bound, or None where it has none."""
-    from scipy import sparse
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    case = Prepared.of(problem)
     assert problem.forced is not None and problem.forbidden is not None
+    service = Service.of(problem)
     objective = problem.objective(keep)
-    n, service, groups = problem.n, case.service, case.groups
     # What the forced units explain is given; only what others add to it is to be decided.
     base = service.reached(problem.forced)
     extra = service.gets - base[service.rows]
     useful = (extra > 0) & ~problem.forbidden[service.indices]
     row, col, profit = service.rows[useful], service.indices[useful], extra[useful]
-    pairs = row.size
-    if not pairs or pairs > MILP_PAIRS or deadline.passed():
+    if not row.size or row.size > MILP_PAIRS or deadline.passed():
         return keep, None
     scale = objective / _SCALE
-    number = np.arange(pairs)
-    assign = sparse.csr_array((np.ones(pairs), (row, n + number)), shape=(n, n + pairs))
-    opened = sparse.csr_array(
-        (np.concatenate([np.ones(pairs), -np.ones(pairs)]), (np.tile(number, 2), np.concatenate([n + number, col]))),
-        shape=(pairs, n + pairs),
-    )
-    # The last row counts all units, the others those of each group.
-    units, g = np.arange(n), groups.low.size
-    member = np.concatenate([groups.label, np.full(n, g)]), np.concatenate([units, units])
-    count = sparse.csr_array((np.ones(2 * n), member), shape=(g + 1, n + pairs))
-    result = milp(
-        -np.concatenate([np.zeros(n), profit / scale]),
-        # Only the units are integral: with them fixed the best assignment is integral by itself.
-        integrality=np.concatenate([np.ones(n), np.zeros(pairs)]),
-        bounds=Bounds(
-            np.concatenate([problem.forced, np.zeros(pairs)]), np.concatenate([~problem.forbidden, np.ones(pairs)])
-        ),
-        constraints=[
-            LinearConstraint(assign, ub=1.0),
-            LinearConstraint(opened, ub=0.0),
-            LinearConstraint(count, lb=np.append(groups.low, problem.k), ub=np.append(groups.high, problem.k)),
-        ],
-        options={"mip_rel_gap": 0.0, "time_limit": deadline.remaining()},
-    )
-    if result.x is not None:
-        found = result.x[:n] > 0.5
-        if problem.violation(found) is None and problem.objective(found) > objective:
-            keep = found
-    stats["nodes"] = int(result.mip_node_count or 0)
-    if result.mip_dual_bound is None or not math.isfinite(result.mip_dual_bound):
+    columns = row, col, profit / scale, problem.forced, problem.forbidden, Groups.of(problem)
+    answer = solve_program(*columns, deadline)
+    if isinstance(answer, str):
+        stats["failure"] = answer
         return keep, None
-    value = float(base.sum()) - float(result.mip_dual_bound) * scale + _HIGHS_TOLERANCE * objective
-    return keep, Bound(value, "HiGHS dual bound")
+    found, dual, stats["nodes"] = answer
+    if found is not None and problem.violation(found) is None and problem.objective(found) > objective:
+        keep = found
+    if dual is None:
+        return keep, None
+    return keep, Bound(float(base.sum()) + dual * scale + _HIGHS_TOLERANCE * objective, "HiGHS dual bound")
 
 
 register(MilpFacilityLocation())

@@ -11,11 +11,22 @@ from topoprune_solvers.budgeted.groups import Groups
 from topoprune_solvers.budgeted.service import GreedyRun, Service
 from topoprune_solvers.domination.covering import Cover, open_part
 from topoprune_solvers.domination.exact import minimum_cover
+from topoprune_solvers.native import Channel, run_killable
 from topoprune_solvers.result import NEVER, Deadline
 
-__all__ = ["cover_by_group", "cover_in_groups", "cover_with_cp_sat", "cover_with_highs", "greedy_in_groups"]
+__all__ = [
+    "NativeFailure",
+    "cover_by_group",
+    "cover_in_groups",
+    "cover_natively",
+    "cover_with_cp_sat",
+    "cover_with_highs",
+    "decide",
+    "greedy_in_groups",
+]
 
 SEARCH_UNITS = 64  # largest instance for the search on bit sets
+IN_PROCESS = 256  # largest instance that an integer solver gets without a process of its own (0.3 s to start one)
 SEARCH_NODES = 20_000  # about a second; an integer solver takes over
 
 
@@ -47,9 +58,7 @@ def cover_in_groups(cover: Cover, groups: Groups, deadline: Deadline, seed: int)
         found, decided = _Search(cover, groups, deadline).run()
         if decided or deadline.passed():
             return found, decided
-    if find_spec("ortools") is not None:
-        return cover_with_cp_sat(cover, groups, deadline, seed)
-    return cover_with_highs(cover, groups, deadline)
+    return cover_natively("CP-SAT" if find_spec("ortools") is not None else "HiGHS", cover, groups, deadline, seed)
 
 
 def cover_by_group(cover: Cover, groups: Groups, deadline: Deadline, seed: int) -> tuple[np.ndarray | None, bool]:
@@ -172,6 +181,41 @@ class _Search:
         return None
 
 
+class NativeFailure(RuntimeError):
+    """A native solver crashed; the message says which and how."""
+
+
+def cover_natively(
+    solver: str, cover: Cover, groups: Groups, deadline: Deadline, seed: int
+) -> tuple[np.ndarray | None, bool]:
+    """Decide by CP-SAT or HiGHS: small instances here, large ones in a process that can be killed.
+
+    Raises:
+        NativeFailure: the process crashed or ran out of memory.
+    """
+    if cover.n <= IN_PROCESS:
+        return decide(None, solver, cover, groups, deadline, seed)
+    if deadline.passed():
+        return None, False
+    outcome = run_killable(f"{__name__}:decide", (solver, cover, groups, None, seed), deadline=deadline)
+    if outcome.state == "crashed":
+        raise NativeFailure(f"{solver}: {outcome.message}")
+    return (None, False) if outcome.value is None else outcome.value
+
+
+def decide(
+    channel: Channel | None, solver: str, cover: Cover, groups: Groups, deadline: Deadline | None, seed: int
+) -> tuple[np.ndarray | None, bool]:
+    """Call one of the two solvers; with a channel as the function of a process, under the limit it has."""
+    if deadline is None:
+        assert channel is not None
+        seconds = channel.remaining()
+        deadline = Deadline.after(seconds if math.isfinite(seconds) else None)
+    if solver == "CP-SAT":
+        return cover_with_cp_sat(cover, groups, deadline, seed)
+    return cover_with_highs(cover, groups, deadline)
+
+
 def cover_with_cp_sat(cover: Cover, groups: Groups, deadline: Deadline, seed: int) -> tuple[np.ndarray | None, bool]:
     """Decide by CP-SAT whether an extendable cover exists (one worker, so that runs repeat)."""
     if deadline.passed():
@@ -226,6 +270,8 @@ def cover_with_highs(cover: Cover, groups: Groups, deadline: Deadline) -> tuple[
     ]
     if part.elements.size:
         constraints.append(LinearConstraint(covers, lb=1.0))
+    if deadline.passed():
+        return None, False
     result = milp(
         np.zeros(size),
         integrality=np.ones(size, dtype=np.int64),

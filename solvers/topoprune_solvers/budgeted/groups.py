@@ -130,17 +130,19 @@ def _rank(label: np.ndarray) -> np.ndarray:
     return rank
 
 
-def _number(members: list[list[int]], low: list[int], high: list[int], need: int, limit: int) -> int:
-    """Count the selections by convolving the groups' binomial counts; stops above `limit`."""
-    ways = {0: 1}
+def _number(members: list[list[int]], low: list[int], high: list[int], need: int, limit: int) -> float:
+    """Count the selections by convolving the groups' binomial counts; anything above `limit` counts as limit + 1.
+
+    >>> _number([[0, 1], [2, 3]], [0, 0], [2, 2], 2, 100)
+    6.0
+    """
+    ways = np.zeros(need + 1)
+    ways[0] = 1.0
     for units, least, most in zip(members, low, high, strict=True):
-        after: dict[int, int] = {}
-        for size in range(least, min(most, need) + 1):
-            for before, number in ways.items():
-                if before + size <= need:
-                    after[before + size] = after.get(before + size, 0) + number * comb(len(units), size)
-        ways = after
-    return ways.get(need, 0)
+        most = min(most, need)
+        own = [float(min(comb(len(units), size), limit + 1)) if size >= least else 0.0 for size in range(most + 1)]
+        ways = np.minimum(np.convolve(ways, own)[: need + 1], limit + 1)
+    return float(ways[need])
 
 
 def _each(members: list[list[int]], low: list[int], high: list[int], need: int) -> Iterator[tuple[int, ...]]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.budgeted.group_cover import greedy_in_groups
+from topoprune_solvers.budgeted.group_cover import NativeFailure, greedy_in_groups
 from topoprune_solvers.budgeted.groups import Groups
 from topoprune_solvers.domination.covering import Cover, closed_rows
 from topoprune_solvers.domination.greedy import best_greedy_cover, greedy_cover
 from topoprune_solvers.domination.lagrangian import cover_bound
 from topoprune_solvers.problems import BudgetedDomination
 from topoprune_solvers.result import Deadline, check_start, unit_solution
-from topoprune_solvers.solution import Bound, Solution
+from topoprune_solvers.solution import Bound, Solution, Status
 
 __all__ = ["GreedyKCentre", "Oracle", "ThresholdSearch"]
 
@@ -75,6 +75,7 @@ class ThresholdSearch:
         self.refuted = -1
         self.tried = 0
         self.timed_out = False
+        self.failure = ""
         self.keep = self.groups.fill(problem, problem.forced)
         self.objective = problem.objective(self.keep)
         indptr, indices, positions = closed_rows(problem.indptr, problem.indices)
@@ -178,7 +179,11 @@ class ThresholdSearch:
             if self.too_small(cover):
                 self.refute(middle)
                 continue
-            keep, decided = oracle(cover, self.groups, self.deadline, seed)
+            try:
+                keep, decided = oracle(cover, self.groups, self.deadline, seed)
+            except NativeFailure as error:
+                self.failure = str(error)
+                return
             if keep is not None:
                 self.offer(keep)
                 assert self.reached() <= middle, "a superset of a cover has no larger radius"
@@ -203,9 +208,13 @@ class ThresholdSearch:
             bound = Bound(smallest, source if self.refuted >= 0 else "smallest distance")
         else:
             bound = Bound(math.inf, source if self.refuted >= 0 else "the graph has no edges")
-        return unit_solution(
-            problem, self.keep, solver, bound=bound, timed_out=self.timed_out, stats={"thresholds_tried": self.tried}
-        )
+        stats: dict[str, Any] = {"thresholds_tried": self.tried}
+        if self.failure:
+            stats["failure"] = self.failure
+        solution = unit_solution(problem, self.keep, solver, bound=bound, timed_out=self.timed_out, stats=stats)
+        if self.failure and solution.status is not Status.OPTIMAL:
+            return replace(solution, status=Status.FAILED)
+        return solution
 
 
 register(GreedyKCentre())

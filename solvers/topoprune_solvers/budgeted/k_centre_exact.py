@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.budgeted.group_cover import cover_in_groups, cover_with_cp_sat
+from topoprune_solvers.budgeted.group_cover import cover_in_groups, cover_natively
 from topoprune_solvers.budgeted.groups import Groups
 from topoprune_solvers.budgeted.k_centre import Oracle, ThresholdSearch
 from topoprune_solvers.domination.covering import Cover
@@ -87,7 +87,7 @@ def cp_sat_oracle(cover: Cover, groups: Groups, deadline: Deadline, seed: int) -
     keep = best_greedy_cover(cover)
     if groups.extendable(keep):
         return keep, True
-    return cover_with_cp_sat(cover, groups, deadline, seed)
+    return cover_natively("CP-SAT", cover, groups, deadline, seed)
 
 
 def _solve(

@@ -6,13 +6,13 @@ Runs on Python ints or, compiled, on uint64 arrays: see `bitset_reductions` for 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from topoprune_solvers.domination.bitset_reductions import drop_redundant, lowest, total
 from topoprune_solvers.domination.branch_and_bound import (
-    BOUND,
     COMPLETE,
     CUTOFF,
     FOUND,
@@ -23,8 +23,9 @@ from topoprune_solvers.domination.branch_and_bound import (
     TAKEN,
     cover_search,
 )
+from topoprune_solvers.problems import DominatingSet
 
-__all__ = ["MOST_UNITS", "Workspace", "cover_search", "solve_batch"]
+__all__ = ["MOST_UNITS", "Batch", "Workspace", "cover_search", "solve_batch"]
 
 MOST_UNITS = 64  # bits of a word
 
@@ -39,7 +40,7 @@ def solve_batch(
             indptr (p more entries than units), indices (numbers within a problem) and weight.
         units: cost, forced, forbidden, demand, concatenated.
         instance, stack, work, state: see `branch_and_bound.cover_search`; overwritten.
-        result: keep, dominator and distance of each unit; objective, bound, nodes and complete of each problem.
+        result: keep, dominator and distance of each unit; objective, nodes and complete of each problem.
         node_limits: of each problem, and of the call: it returns after the problem that exceeds the latter.
 
     Returns:
@@ -50,7 +51,7 @@ def solve_batch(
     near, _, cost, bit = instance
     wanted = work[4]
     masks, numbers, counters = state
-    keep, dominator, distance, objective, bounds, nodes, complete = result
+    keep, dominator, distance, objective, nodes, complete = result
     none = bit[0] ^ bit[0]
     visited = 0
     for problem in range(first, len(start) - 1):
@@ -98,10 +99,6 @@ def solve_batch(
         complete[problem] = counters[COMPLETE] == 1
         nodes[problem] = counters[NODES]
         visited += counters[NODES]
-        bound = objective[problem]
-        if counters[COMPLETE] == 0:
-            bound = min(bound, total(cost, bit, forced) + numbers[BOUND])
-        bounds[problem] = bound
         for i in range(n):
             nearest, gap = -1, math.inf
             if chosen & bit[i]:
@@ -150,3 +147,59 @@ class Workspace:
         if self.compiled:
             return np.zeros((STACK, width), dtype=dtype)
         return [[zero] * width for _ in range(STACK)]
+
+
+class Batch:
+    """The arrays of several problems laid end to end, with room for the answers.
+
+    Args:
+        problems: at least one, of at most 64 units each. compiled: whether the compiled function will run.
+    """
+
+    def __init__(self, problems: Sequence[DominatingSet], compiled: bool) -> None:
+        sizes = np.array([problem.n for problem in problems], dtype=np.int64)
+        edges = np.array([problem.indices.size for problem in problems], dtype=np.int64)
+        self.start = np.concatenate([[0], np.cumsum(sizes)])
+        self.compiled = compiled
+        self._work = Workspace(compiled)
+        near, cost = self._work.masks([0] * MOST_UNITS), self._work.array([0.0] * MOST_UNITS, np.float64)
+        self._instance = near, near, cost, self._work.bit
+        count, total = len(problems), int(self.start[-1])
+        of_units = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int32), np.zeros(total)
+        of_problems = np.zeros(count), np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
+
+        def joined(*fields: str) -> list[np.ndarray]:
+            return [np.concatenate([getattr(problem, field) for problem in problems]) for field in fields]
+
+        self._graphs = self._pack([self.start, np.cumsum(edges) - edges, *joined("indptr", "indices", "weight")])
+        self._units = self._pack(joined("cost", "forced", "forbidden", "demand"))
+        self._result = self._pack([*of_units, *of_problems])
+
+    def _pack(self, arrays: Sequence[np.ndarray]) -> tuple[Any, ...]:
+        return tuple(arrays) if self.compiled else tuple(array.tolist() for array in arrays)
+
+    def run(self, solve: Any, first: int, problem_nodes: int, call_nodes: int) -> int:
+        """Call `solve_batch`, compiled or not, from a problem on; return the first one that is not done."""
+        limits = [problem_nodes, call_nodes]
+        return int(
+            solve(
+                self._graphs,
+                self._units,
+                self._instance,
+                self._work.stack,
+                self._work.work,
+                self._work.state,
+                self._result,
+                first,
+                np.array(limits) if self.compiled else limits,
+            )
+        )
+
+    def of_units(self) -> list[np.ndarray]:
+        """Return keep (bool), dominator (int32) and distance (float64) of all units."""
+        kinds = bool, np.int32, np.float64
+        return [np.asarray(values, dtype=kind) for values, kind in zip(self._result[:3], kinds, strict=True)]
+
+    def of_problems(self) -> list[list[Any]]:
+        """Return objective, nodes and complete of each problem."""
+        return [values if isinstance(values, list) else values.tolist() for values in self._result[3:]]

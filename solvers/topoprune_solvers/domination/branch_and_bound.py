@@ -28,9 +28,10 @@ from topoprune_solvers.domination.bitset_reductions import (
 __all__ = ["STACK", "cover_search"]
 
 STACK = 68  # each branching takes a candidate from both children and leaves one of them waiting
-ROOT_SWEEPS, SWEEPS = 40, 2  # at most this many rounds of price improvement at the first and at the other nodes
+ROOT_SWEEPS, SWEEPS = 40, 1  # at most this many rounds of price improvement at the first and at the other nodes
 SHARE = 0.6  # where between the two best values a price goes; measured on similarity and random graphs
 PROGRESS = 0.002  # of the room: a round that gains less is the last
+FEW = 8  # a node is reduced and bounded again only if at least one in so many candidates went
 ROUNDING = 1e-11  # relative to the sum of prices: far above the error of some thousand additions
 
 # state masks: best choice of the component, units taken in all, elements and units of components not begun
@@ -179,17 +180,18 @@ def search(instance: Any, stack: Any, work: Any, state: Any, node_limit: int) ->
             )
             lower = max(lower, spent + bound)
             alive = bound <= room
-            if not drop and not must:
-                break
+            few = not must and not fresh and size(drop) * FEW < size(units)
             units &= ~(drop | must)
+            if few:
+                break
             choice |= must
             while must:
                 c = lowest(must)
                 must ^= bit[c]
                 spent += cost[c]
                 elements = take(cols, need, bit, elements, c)
-        if alive:
-            c = branching_unit(rows, cols, cost, need, bit, elements, units)
+        c = branching_unit(rows, cols, cost, need, bit, elements, units) if alive else -1
+        if c >= 0:
             units ^= bit[c]
             push(stack, state, price, need, elements, units, choice, spent, lower)
             elements = take(cols, need, bit, elements, c)
@@ -322,7 +324,10 @@ def _two_values(row: Any, rank: Any, reduced: Any, bit: Any) -> tuple[Any, Any]:
 
 
 def branching_unit(rows: Any, cols: Any, cost: Any, need: Any, bit: Any, elements: Any, units: Any) -> Any:
-    """Return the candidate to branch on: of an element with fewest candidates the one that covers most per cost."""
+    """Return the candidate to branch on: of an element with fewest candidates the one that covers most per cost.
+
+    -1 says that an element has fewer candidates than it needs.
+    """
     narrow, fewest = -1, 0
     rest = elements
     while rest:
@@ -332,6 +337,8 @@ def branching_unit(rows: Any, cols: Any, cost: Any, need: Any, bit: Any, element
         if narrow < 0 or count < fewest:
             narrow, fewest = e, count
     best, best_count, best_cost = -1, 0, 0.0
+    if fewest < 0:
+        return best
     rest = rows[narrow] & units
     while rest:
         c = lowest(rest)

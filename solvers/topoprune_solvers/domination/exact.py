@@ -6,19 +6,16 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.compiled import enabled
-from topoprune_solvers.domination.bitset_batch import MOST_UNITS, Workspace
+from topoprune_solvers.domination.bitset_batch import MOST_UNITS, Batch, Workspace
 from topoprune_solvers.domination.branch_and_bound import (
     BOUND,
     COMPLETE,
-    COMPONENTS,
     CUTOFF,
     FOUND,
     LATER_ELEMENTS,
@@ -30,7 +27,7 @@ from topoprune_solvers.domination.covering import Cover, SetCover, cover_of, ope
 from topoprune_solvers.domination.greedy import best_greedy_cover, prune_redundant
 from topoprune_solvers.domination.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.problems import DominatingSet
-from topoprune_solvers.result import NEVER, Deadline, check_start, stopped_status, unit_solution
+from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution, Status, best_bound
 
 __all__ = ["CoverOutcome", "ExactDominatingSet", "minimum_cover", "search_small"]
@@ -38,17 +35,18 @@ __all__ = ["CoverOutcome", "ExactDominatingSet", "minimum_cover", "search_small"
 
 @dataclass(frozen=True)
 class _Effort:
-    """Search nodes of one problem in a batch, of a call, between two looks at the clock, and until hand-over."""
+    """Search nodes a second, of one problem in a batch, of a call, between two looks at the clock, until hand-over."""
 
+    compiled: bool
+    per_second: float
     batch: int
     call: int
     chunk: int
     handover: int
 
 
-# A node takes about 10 us compiled and 1 ms in Python.
-COMPILED = _Effort(batch=2_000, call=4_000, chunk=2_000, handover=200_000)
-PYTHON = _Effort(batch=20, call=40, chunk=20, handover=5_000)
+COMPILED = _Effort(True, 1e5, batch=2_000, call=4_000, chunk=2_000, handover=200_000)
+PYTHON = _Effort(False, 1e3, batch=20, call=40, chunk=20, handover=5_000)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,9 @@ class ExactDominatingSet:
         assert keep is not None, "the problem was checked to have a cover"
         timed_out = not outcome.complete and deadline.passed()
         solution = unit_solution(problem, keep, self.name, bound=bound, timed_out=timed_out, stats=outcome.stats)
-        return replace(solution, seconds=time.perf_counter() - began)
+        failed = "failed" in outcome.stats and not timed_out and solution.status is not Status.OPTIMAL
+        status = Status.FAILED if failed else solution.status
+        return replace(solution, status=status, seconds=time.perf_counter() - began)
 
 
 def _engine() -> tuple[Any, _Effort]:
@@ -140,69 +140,35 @@ def _solve_small(problems: Sequence[DominatingSet], name: str, time_limit: float
     """Solve problems of at most 64 units in one call; None for what exceeds the node budget and has time left."""
     began = time.perf_counter()
     engine, effort = _engine()
-    compiled = effort is COMPILED
-    sizes = np.array([problem.n for problem in problems], dtype=np.int64)
-    edges = np.array([problem.indices.size for problem in problems], dtype=np.int64)
-    start = np.concatenate([[0], np.cumsum(sizes)])
-    total = int(start[-1])
-
-    def joined(field: str) -> Any:
-        array = np.concatenate([getattr(problem, field) for problem in problems])
-        return array if compiled else array.tolist()
-
-    work = Workspace(compiled)
-    near, cost = work.masks([0] * MOST_UNITS), work.array([0.0] * MOST_UNITS, np.float64)
-    firsts = [start, np.cumsum(edges) - edges]
-    graphs = (
-        *(array if compiled else array.tolist() for array in firsts),
-        *map(joined, ("indptr", "indices", "weight")),
-    )
-    units = tuple(map(joined, ("cost", "forced", "forbidden", "demand")))
-    of_units = [np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int32), np.zeros(total)]
-    of_problems = [
-        np.zeros(sizes.size),
-        np.zeros(sizes.size),
-        np.zeros(sizes.size, np.int64),
-        np.zeros(sizes.size, bool),
-    ]
-    result = tuple(array if compiled else array.tolist() for array in (*of_units, *of_problems))
+    batch = Batch(problems, effort.compiled)
+    nodes = effort.batch if time_limit is None else int(min(effort.batch, time_limit * effort.per_second))
     first = 0
     while first < len(problems):
         # After Ctrl-C only the first node of each is searched.
-        budget = 0 if NEVER.passed() else effort.batch
-        limits = np.array([budget, effort.call]) if compiled else [budget, effort.call]
-        first = engine.solve_batch(
-            graphs, units, (near, near, cost, work.bit), work.stack, work.work, work.state, result, first, limits
-        )
-    keep, dominator, distance = (
-        np.asarray(values, array.dtype) for values, array in zip(result, of_units, strict=False)
-    )
-    objective, bound, nodes, complete = (
-        values if isinstance(values, list) else values.tolist() for values in result[3:]
-    )
-    out_of_time = time_limit == 0 or NEVER.passed()
-    begin = start.tolist()
+        first = batch.run(engine.solve_batch, first, 0 if NEVER.passed() else nodes, effort.call)
+    keep, dominator, distance = batch.of_units()
+    objective, visited, complete = batch.of_problems()
+    begin = batch.start.tolist()
     solutions: list[Solution | None] = []
     seconds = (time.perf_counter() - began) / len(problems)
     for number in range(len(problems)):
-        if not complete[number] and not out_of_time:
+        if not complete[number]:
             solutions.append(None)
             continue
         own = slice(begin[number], begin[number + 1])
-        source = "branch and bound" if nodes[number] else "reductions"
-        proven = bound[number] == objective[number]
+        source = "branch and bound" if visited[number] else "reductions"
         solutions.append(
             Solution(
                 keep[own],
                 objective[number],
                 "min",
-                Status.OPTIMAL if proven else stopped_status(),
+                Status.OPTIMAL,
                 name,
-                Bound(bound[number], source),
+                Bound(objective[number], source),
                 dominator[own],
                 distance[own],
                 seconds,
-                {"nodes": nodes[number]},
+                {"nodes": visited[number]},
             )
         )
     return solutions
@@ -216,14 +182,14 @@ class CoverOutcome:
         keep: (n,) bool, or None if there is none within the cutoff or none was found.
         bound: lower bound on the optimum. source: what proves it.
         complete: True if `keep` is optimal, or there is proven to be none within the cutoff.
-        stats: counters.
+        stats: counters, and under "failed" what crashed on the way.
     """
 
     keep: np.ndarray | None
     bound: float
     source: str
     complete: bool
-    stats: dict[str, int]
+    stats: dict[str, Any]
 
 
 def minimum_cover(
@@ -256,7 +222,9 @@ def minimum_cover(
     if found.keep is not None:
         # Free candidates were taken at the start; those that cover nothing of their own go again.
         keep = prune_redundant(cover, part.keep(cover, found.keep))
-    return CoverOutcome(keep, part.fixed + found.bound, found.source, found.complete, found.stats)
+    refuted = keep is None and found.complete
+    bound = max(math.nextafter(cutoff, math.inf), part.fixed + found.bound) if refuted else part.fixed + found.bound
+    return CoverOutcome(keep, bound, found.source, found.complete, found.stats)
 
 
 def search_small(instance: SetCover, *, cutoff: float = math.inf, deadline: Deadline = NEVER) -> CoverOutcome:
@@ -267,8 +235,7 @@ def search_small(instance: SetCover, *, cutoff: float = math.inf, deadline: Dead
         cutoff: largest cost of interest. deadline: asked every 50 ms or so.
     """
     engine, effort = _engine()
-    compiled = effort is COMPILED
-    work = Workspace(compiled)
+    work = Workspace(effort.compiled)
     elements, candidates = instance.n_elements, instance.n_candidates
     assert elements <= MOST_UNITS and candidates <= MOST_UNITS, "larger instances take the large path"
     rows, cols = [0] * MOST_UNITS, [0] * MOST_UNITS
@@ -290,7 +257,7 @@ def search_small(instance: SetCover, *, cutoff: float = math.inf, deadline: Dead
     while not engine.cover_search(problem, work.stack, work.work, work.state, limit, hurry):
         hurry = deadline.passed() or counters[NODES] >= effort.handover
         limit += effort.chunk
-    stats = {"nodes": int(counters[NODES]), "components": int(counters[COMPONENTS])}
+    stats = {"nodes": int(counters[NODES])}
     complete = bool(counters[COMPLETE])
     source = "branch and bound" if stats["nodes"] else "reductions"
     if not counters[FOUND]:
@@ -312,31 +279,18 @@ def _better(one: CoverOutcome, other: CoverOutcome, instance: SetCover) -> Cover
     return CoverOutcome(keep, best.bound, best.source, False, stats)
 
 
-@cache
-def _has_cp_sat() -> bool:
-    return find_spec("ortools") is not None
-
-
 def _search_large(
     instance: SetCover, cutoff: float, start: np.ndarray | None, deadline: Deadline, seed: int
 ) -> CoverOutcome:
     """Search an instance of any size."""
-    from topoprune_solvers.domination.cp_sat import cp_sat_cover
+    from topoprune_solvers.domination.exact_large import exact_large
 
-    if not _has_cp_sat() or deadline.passed():
-        return CoverOutcome(None, 0.0, "nothing", False, {})
-    rows = [instance.candidates(element).tolist() for element in range(instance.n_elements)]
-    if math.isfinite(cutoff) and bool(np.all(instance.cost == 1)):
-        answer = cp_sat_cover(rows, instance.cost, at_most=int(cutoff), deadline=deadline, seed=seed)
-        bound = int(cutoff) + 1.0 if answer.chosen is None and answer.proven else 0.0
-        return CoverOutcome(answer.chosen, bound, "CP-SAT", answer.proven, {})
-    answer = cp_sat_cover(rows, instance.cost, hint=start, deadline=deadline, seed=seed)
+    answer = exact_large(instance, start=start, deadline=deadline, seed=seed, cutoff=cutoff)
     keep = answer.chosen
-    complete = answer.proven
     if keep is not None and instance.value(keep) > cutoff:
         keep = None
-        complete = complete or answer.bound > cutoff
-    return CoverOutcome(keep, answer.bound, "CP-SAT", complete, {})
+    stats = dict(answer.stats) if answer.failed is None else {**answer.stats, "failed": answer.failed}
+    return CoverOutcome(keep, answer.bound, answer.source, answer.complete, stats)
 
 
 register(ExactDominatingSet())

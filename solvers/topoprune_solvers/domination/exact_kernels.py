@@ -42,7 +42,7 @@ def size(typing_context: Any, mask: Any) -> Any:
 def _compile_all() -> None:
     space = globals()
     # Numba's cache looks at the file of one function only: a digest of all sources in the names keeps stale code out.
-    files = (__file__, *(source.__file__ for source in SOURCES))
+    files = (__file__, *(str(source.__file__) for source in SOURCES))
     digest = zlib.crc32(b"".join(Path(file).read_bytes() for file in files))
     for source in SOURCES:
         for name, value in vars(source).items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -63,8 +64,7 @@ def linear_relaxation(
     if not instance.n_elements or not instance.n_candidates:
         return _relaxation(instance, np.zeros(instance.n_candidates), np.zeros(instance.n_elements))
     if instance.row.size <= LOCAL_ENTRIES if apart is None else not apart:
-        seconds = deadline.remaining()
-        solved = _highs(instance, seconds)
+        solved = _highs(instance, deadline.remaining())
     else:
         solved = run_killable(f"{__name__}:run_highs", (instance,), deadline=deadline).value
     return None if solved is None else _relaxation(instance, *solved)
@@ -116,15 +116,16 @@ def _highs(instance: SetCover, seconds: float) -> tuple[np.ndarray, np.ndarray] 
         (-np.ones(instance.row.size), instance.row, instance.row_start),
         shape=(instance.n_elements, instance.n_candidates),
     )
-    # The cheapest scale: HiGHS' tolerances are absolute.
+    # HiGHS' tolerances are absolute.
     scale = float(instance.cost.max()) or 1.0
-    options = {"time_limit": seconds} if math.isfinite(seconds) else {}
+    options: Any = {"time_limit": seconds} if math.isfinite(seconds) else {}
+    method: Any = "highs-ipm" if instance.row.size > LOCAL_ENTRIES else "highs-ds"
     result = linprog(
         instance.cost / scale,
         A_ub=rows,
         b_ub=-instance.demand.astype(np.float64),
         bounds=(0, 1),
-        method="highs-ipm" if instance.row.size > LOCAL_ENTRIES else "highs-ds",
+        method=method,
         options=options,
     )
     if result.status != 0 or result.x is None:

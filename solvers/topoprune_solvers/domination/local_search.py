@@ -135,9 +135,7 @@ def _search_parts(parts: list[_Part], deadline: Deadline, limit: int | None) -> 
                 return
             fraction = one.instance.n_candidates / size
             until = Deadline.after(seconds * fraction) if math.isfinite(seconds) else deadline
-            one.search.run(
-                deadline=until, target=one.bound, max_steps=None if steps is None else int(steps * fraction)
-            )
+            one.search.run(deadline=until, target=one.bound, max_steps=None if steps is None else int(steps * fraction))
 
 
 def local_search(
@@ -233,9 +231,16 @@ class RowWeighting:
         """Cost of the cheapest cover so far (up to rounding; exact for integral costs)."""
         return float(self._arrays[20][1])
 
-    def run(
-        self, *, deadline: Deadline = NEVER, target: float = -math.inf, max_steps: int | None = None
-    ) -> bool:
+    def state(self) -> dict[str, Any]:
+        """Return copies of what the search keeps account of, for checks."""
+        arrays = [np.array(array) for array in self._arrays]
+        size, bare = int(arrays[19][0]), int(arrays[19][1])
+        return {
+            "chosen": arrays[6], "count": arrays[7], "weight": arrays[9], "score": arrays[10], "stamp": arrays[11],
+            "heap": arrays[13][:size], "bare": arrays[15][:bare], "cost": float(arrays[20][0]),
+        }  # fmt: skip
+
+    def run(self, *, deadline: Deadline = NEVER, target: float = -math.inf, max_steps: int | None = None) -> bool:
         """Search on until a limit is met; return whether the search is over (target met or nothing cheaper exists)."""
         from topoprune_solvers.domination.local_search_kernels import search_kernel
 
@@ -252,7 +257,6 @@ class RowWeighting:
             self.steps += wanted
             self.exhausted = answer == 2
         return self.exhausted or self.value <= target
-
 
 
 register(LocalSearchDominatingSet())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,16 +52,30 @@ class MaxSatDominatingSet:
         return solve_natively(problem, self.name, task, warm_start=warm_start, time_limit=time_limit)
 
 
-def max_sat_task(instance: SetCover, *, name: str = SOURCE) -> NativeTask:
-    """Return the cover task (see `tally`) that runs RC2 on an instance; `name` is the source of its bounds."""
-    return NativeTask(f"{__name__}:run_max_sat", (instance,), name)
+def max_sat_task(
+    instance: SetCover,
+    *,
+    name: str = SOURCE,
+    sat_solver: str = "cd195",
+    exhaust: bool = True,
+    seconds: float = math.inf,
+) -> NativeTask:
+    """Return the cover task (see `tally`) that runs RC2 on an instance.
+
+    Args:
+        instance: the instance. name: source of the bounds.
+        sat_solver: PySAT's name of the SAT solver. exhaust: raise the counter of each core as far as it goes at
+            once; mostly better, and stuck on some instances (minimising or trimming cores never paid here).
+        seconds: a time limit of its own.
+    """
+    return NativeTask(f"{__name__}:run_max_sat", (instance, sat_solver, exhaust), name, seconds)
 
 
-def run_max_sat(channel: Channel, instance: SetCover) -> dict[str, int]:
+def run_max_sat(channel: Channel, instance: SetCover, sat_solver: str, exhaust: bool) -> dict[str, int]:
     """Solve an instance, streaming the bound after every core; the function behind `max_sat_task`."""
-    from pysat.card import CardEnc, EncType
-    from pysat.examples.rc2 import RC2, RC2Stratified
-    from pysat.formula import WCNF
+    from pysat.card import CardEnc, EncType  # type: ignore[import-untyped]
+    from pysat.examples.rc2 import RC2, RC2Stratified  # type: ignore[import-untyped]
+    from pysat.formula import WCNF  # type: ignore[import-untyped]
 
     scaled = integer_costs(instance.cost)
     formula = WCNF()
@@ -88,7 +103,7 @@ def run_max_sat(channel: Channel, instance: SetCover) -> dict[str, int]:
         return channel.remaining() <= 0
 
     weighted = np.unique(scaled.values[scaled.values > 0]).size > 1
-    engine = _reporting(RC2Stratified if weighted else RC2, report)(formula, **SETTINGS)
+    engine = _reporting(RC2Stratified if weighted else RC2, report)(formula, solver=sat_solver, exhaust=exhaust)
     model = engine.compute()
     if model is not None:
         chosen = np.zeros(instance.n_candidates, dtype=bool)
@@ -97,10 +112,6 @@ def run_max_sat(channel: Channel, instance: SetCover) -> dict[str, int]:
         channel.send(("cover", chosen))
         channel.send(("bound", engine.cost * scaled.unit))
     return {"cores": cores}
-
-
-# Short cores make short counters: minimised, trimmed, and their counters raised as far as they go at once.
-SETTINGS = {"solver": "g3", "exhaust": True, "minz": True, "trim": 5}
 
 
 def _reporting(engine: Any, report: Any) -> Any:

@@ -75,7 +75,7 @@ def run_milp(channel: Channel, instance: SetCover, objective: float) -> dict[str
         shape=(instance.n_elements, instance.n_candidates),
     )
     scale = objective / _SCALE
-    options = {"mip_rel_gap": 0.0}
+    options: Any = {"mip_rel_gap": 0.0}
     if math.isfinite(seconds := channel.remaining()):
         options["time_limit"] = seconds * (1 - _MARGIN)
     result = milp(

@@ -154,12 +154,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
             work += size + col_size[pivot]
             for place in range(first, first + col_size[pivot]):
                 other = col[place]
-                if (
-                    other == element
-                    or live_e[other] < size
-                    or demand[other] > demand[element]
-                    or sign & ~sign_e[other]
-                ):
+                if other == element or live_e[other] < size or demand[other] > demand[element] or sign & ~sign_e[other]:
                     continue
                 inside = True
                 for position in range(begin, begin + size):

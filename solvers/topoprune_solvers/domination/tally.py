@@ -39,6 +39,7 @@ class Tally:
         chosen: (c,) bool or None, the best cover. found_by: who found it.
         bound: largest proven lower bound. source: what proved it.
         failures: what crashed, and why. stats: counters of the solvers that finished.
+        cutoff: with a finite one the question is only whether a cover costs at most this.
     """
 
     instance: SetCover
@@ -48,6 +49,7 @@ class Tally:
     source: str = "costs are >= 0"
     failures: list[str] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
+    cutoff: float = math.inf
     value: float = field(init=False, default=math.inf)
 
     def __post_init__(self) -> None:
@@ -77,22 +79,29 @@ class Tally:
         """True once the bound meets the cover."""
         return self.chosen is not None and self.bound >= self.value - PROVEN * abs(self.value)
 
+    @property
+    def settled(self) -> bool:
+        """True once there is nothing left to search for: proven, or the cutoff's question is answered."""
+        return self.proven or self.bound > self.cutoff or (math.isfinite(self.cutoff) and self.value <= self.cutoff)
+
     def receive(self, name: str, message: Any) -> bool:
-        """Take a message ``("cover", chosen)`` or ``("bound", value)`` of a solver; return True once proven."""
-        kind, payload = message
-        if kind == "cover":
-            self.offer(payload, name)
-        elif kind == "bound":
-            self.raise_bound(float(payload), name)
-        return self.proven
+        """Take a message ``("cover", chosen)`` or ``("bound", value)`` of a solver; return True once settled."""
+        match message:
+            case ("cover", np.ndarray() as chosen):
+                self.offer(chosen, name)
+            case ("bound", float() | int() as value):
+                self.raise_bound(float(value), name)
+            case _:
+                self.failures.append(f"{name}: sent {message!r:.80}, expected a cover or a bound")
+        return self.settled
 
     def end(self, name: str, outcome: NativeOutcome) -> bool:
-        """Note how a solver's process ended; return True once proven."""
+        """Note how a solver's process ended; return True once settled."""
         if outcome.state == "crashed":
             self.failures.append(f"{name}: {outcome.message}")
         elif outcome.state == "finished" and isinstance(outcome.value, dict):
             self.stats.update(outcome.value)
-        return self.proven
+        return self.settled
 
 
 def race_covers(
@@ -104,7 +113,7 @@ def race_covers(
     memory_bytes: int | None = None,
     enough: Callable[[NativeTask, NativeOutcome], bool] | None = None,
 ) -> None:
-    """Run cover tasks in processes of their own until one proof closes the instance, all end, or the time is up.
+    """Run cover tasks in processes of their own until the instance is settled, all end, or the time is up.
 
     Args:
         tally: what is known before; changed in place.
@@ -116,7 +125,7 @@ def race_covers(
     def on_end(task: NativeTask, outcome: NativeOutcome) -> bool:
         return tally.end(task.label, outcome) or bool(enough is not None and enough(task, outcome))
 
-    if tally.proven:
+    if tally.settled:
         return
     race(
         tasks,
@@ -154,8 +163,9 @@ def run_cover(tally: Tally, task: NativeTask, *, deadline: Deadline = NEVER, apa
         race_covers(tally, [task], deadline=deadline)
         return
     module, name = task.function.split(":")
+    arguments = task.arguments() if callable(task.arguments) else task.arguments
     try:
-        counters = getattr(import_module(module), name)(_LocalChannel(tally, task.label, deadline), *task.arguments)
+        counters = getattr(import_module(module), name)(_LocalChannel(tally, task.label, deadline), *arguments)
         tally.end(task.label, NativeOutcome("finished", counters))
     except Exception as error:
         tally.end(task.label, NativeOutcome("crashed", None, f"{type(error).__name__}: {error}"))

@@ -39,7 +39,7 @@ class EdgeBaseline:
         if sides:
             raise ValueError(
                 f"solver {self.name!r} knows no degree bounds, this problem bounds {' and '.join(sides)} degrees; "
-                "use 'greedy' (one side) or 'min-cost-flow' (attachment 0)"
+                "use 'greedy' (one side), or 'dual-flow' or 'min-cost-flow' (attachment 0)"
             )
         if self.name == "random":
             keep = np.zeros(problem.n, dtype=bool)
@@ -51,7 +51,20 @@ class EdgeBaseline:
         return edge_solution(problem, keep, self.name, bound=bound)
 
 
-for _name, _guarantee in (("random", "none: a baseline"), ("magnitude", "optimal at attachment 0; else none")):
+for _name, _guarantee, _when in (
+    ("random", "none: a baseline", "the baseline to beat"),
+    ("magnitude", "optimal at attachment 0; else none", "the usual baseline: the largest scores"),
+):
     register(
-        EdgeBaseline(_name, Capabilities(problem=EdgeSelection, exact=False, guarantee=_guarantee, complexity="O(n)"))
+        EdgeBaseline(
+            _name,
+            Capabilities(
+                problem=EdgeSelection,
+                exact=False,
+                guarantee=_guarantee,
+                complexity="O(n)",
+                when=_when,
+                lacks=("row bounds", "column bounds"),
+            ),
+        )
     )

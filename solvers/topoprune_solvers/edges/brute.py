@@ -27,6 +27,7 @@ class BruteEdges:
         guarantee="optimal, by trying every selection of k edges",
         complexity="O(C(n, k) n)",
         max_units=16,
+        when="tests",
     )
 
     def solve(

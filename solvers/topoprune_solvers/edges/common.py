@@ -132,4 +132,3 @@ def edge_solution(
         bound=bound,
         stats={} if stats is None else dict(stats),
     )
-

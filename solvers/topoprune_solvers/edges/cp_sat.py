@@ -45,6 +45,8 @@ class CpSatEdges:
         complexity="exponential in the worst case",
         requires=("ortools",),
         max_units=400,
+        reference="OR-Tools CP-SAT",
+        when="attachment with bounds on both sides, small matrices",
     )
 
     def solve(

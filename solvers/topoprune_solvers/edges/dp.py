@@ -32,6 +32,8 @@ class DynamicProgramEdges:
         guarantee="optimal; no column bounds",
         complexity="O(n k) time, O(n_rows k) memory",
         max_units=16384,
+        when="attachment on small matrices, to the optimum; row bounds allowed",
+        lacks=("column bounds",),
     )
 
     def solve(
@@ -44,8 +46,8 @@ class DynamicProgramEdges:
         """
         if "column" in bounded_sides(problem):
             raise ValueError(
-                f"solver {self.name!r} takes no column bounds; use 'cp-sat' (small instances), 'min-cost-flow' "
-                "(attachment 0) or 'greedy' (bounds on one side)"
+                f"solver {self.name!r} takes no column bounds; use 'cp-sat' (small instances), 'dual-flow' or "
+                "'min-cost-flow' (attachment 0), or 'greedy' (bounds on one side)"
             )
         only = only_selection(problem)
         if only is not None:

@@ -50,8 +50,10 @@ class GreedyEdges:
         problem=EdgeSelection,
         exact=False,
         guarantee="optimal at attachment 0; else at least the top k, with a Lagrangian bound; bounds on one side only",
-        complexity="O(n) at attachment 0, else O(n log n_cols) and a few passes",
+        complexity="O(n) at attachment 0 (O(n log n_cols) with bounds), else O(n log n_cols) and a few passes",
         reference="re-scoring: Hunter and Lange (2004), A tutorial on MM algorithms, Am. Stat. 58",
+        when="attachment 0 with bounds on one side at most (exact), and attachment with column bounds",
+        lacks=("two-sided bounds",),
     )
 
     def solve(
@@ -66,7 +68,7 @@ class GreedyEdges:
         if len(sides) == 2:
             raise ValueError(
                 f"solver {self.name!r} takes degree bounds on rows or on columns, this problem has both; "
-                "use 'min-cost-flow' (attachment 0) or 'cp-sat' (small instances)"
+                "use 'dual-flow' or 'min-cost-flow' (attachment 0) or 'cp-sat' (small instances)"
             )
         only = only_selection(problem)
         if only is not None:

@@ -9,10 +9,11 @@ import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edges.common import column_limits, edge_solution, only_selection, row_limits
+from topoprune_solvers.edges.core_flow import conflict, flow_scale
 from topoprune_solvers.problems import EdgeSelection
 from topoprune_solvers.solution import Bound, Infeasible, Solution
 
-__all__ = ["MinCostFlowEdges"]
+__all__ = ["MinCostFlowEdges", "optimal_flow"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class MinCostFlowEdges:
     edge kept, and an optimum smaller than that is not told from its neighbours. Ties break as the
     flow algorithm meets them (the same way on every run).
 
-    A few seconds at 768 x 3072; `greedy` is exact and far faster where one side has no bounds.
+    Several seconds at 768 x 3072, which `dual-flow` brings down to two or three; `greedy` is exact and far faster
+    where one side has no bounds.
     """
 
     name: str = "min-cost-flow"
@@ -35,6 +37,8 @@ class MinCostFlowEdges:
         complexity="O(V^2 E log(V C)), V = n_rows + n_cols, E = n",
         requires=("ortools",),
         reference="Goldberg (1997), An efficient implementation of a scaling minimum-cost flow algorithm, J. Algor. 22",
+        when="row and column bounds where the optimum itself is wanted, attachment 0",
+        lacks=("attachment",),
     )
 
     def solve(
@@ -49,16 +53,21 @@ class MinCostFlowEdges:
         if problem.attachment:
             raise ValueError(
                 f"solver {self.name!r} needs attachment 0, found {problem.attachment:g}: a concave degree cost is no "
-                "flow cost; use 'greedy' (bounds on one side) or 'cp-sat' (small instances)"
+                "flow cost; use 'lagrangian' (no column bounds), 'greedy' (bounds on one side) or 'cp-sat' (small)"
             )
         only = only_selection(problem)
         if only is not None:
             return edge_solution(problem, only, self.name, bound=Bound(problem.objective(only), "only selection"))
-        keep, bound = _flow(problem)
+        keep, bound = optimal_flow(problem)
         return edge_solution(problem, keep, self.name, bound=Bound(bound, "minimum-cost flow (OR-Tools)"))
 
 
-def _flow(problem: EdgeSelection) -> tuple[np.ndarray, float]:
+def optimal_flow(problem: EdgeSelection) -> tuple[np.ndarray, float]:
+    """Return an optimal flat mask at attachment 0 and an upper bound on the optimum, equal but for rounding.
+
+    Raises:
+        Infeasible: no k edges meet all bounds; says which bounds contradict each other.
+    """
     from ortools.graph.python import min_cost_flow
 
     rows, cols = problem.shape
@@ -67,8 +76,7 @@ def _flow(problem: EdgeSelection) -> tuple[np.ndarray, float]:
     capacity = np.ones(problem.n, np.int64) if problem.allowed is None else problem.allowed.reshape(-1).astype(np.int64)
     source, sink = rows + cols, rows + cols + 1
 
-    largest = float(problem.score.max()) or 1.0
-    steps = min(2**40, 2**61 // max(problem.k, sink + 1))  # sums and the algorithm's own scaling stay in 64 bits
+    largest, steps = flow_scale(problem.score, max(problem.k, sink + 1))
     value = np.ceil(problem.score.reshape(-1) / largest * steps).astype(np.int64)
 
     row_of, col_of = np.divmod(np.arange(problem.n), cols)
@@ -86,19 +94,12 @@ def _flow(problem: EdgeSelection) -> tuple[np.ndarray, float]:
     solver.set_nodes_supplies(np.arange(sink + 1), supply)
     status = solver.solve()
     if status in (solver.INFEASIBLE, solver.UNBALANCED):
-        raise Infeasible(
-            f"no selection of k={problem.k} edges meets the row degrees {_range(row_low, row_high)} and the column "
-            f"degrees {_range(col_low, col_high)} together"
-        )
+        raise Infeasible(f"no selection of k={problem.k} edges meets all degree bounds: {conflict(problem)}")
     if status != solver.OPTIMAL:
         raise RuntimeError(f"OR-Tools min-cost flow ended with status {status!r} on a {rows} x {cols} problem")
     keep = solver.flows(edges) > 0
     # Up, by more than the float division above can have lost.
     return keep, float(value[keep].sum()) / steps * largest * (1 + 2.0**-49)
-
-
-def _range(low: np.ndarray, high: np.ndarray) -> str:
-    return f"[{int(low.min())}..{int(low.max())}, {int(high.min())}..{int(high.max())}] (min, max)"
 
 
 register(MinCostFlowEdges())

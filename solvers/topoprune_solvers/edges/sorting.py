@@ -12,7 +12,7 @@ import numpy as np
 from topoprune_solvers.edges.common import bounded_sides, candidate_value, column_limits, row_limits
 from topoprune_solvers.problems import EdgeSelection
 
-__all__ = ["keep_best", "line_degrees", "select_edges", "sorted_lines", "top_edges"]
+__all__ = ["keep_best", "line_degrees", "ranks_between", "select_edges", "sorted_lines", "top_edges"]
 
 
 def top_edges(value: np.ndarray, k: int) -> np.ndarray:
@@ -97,7 +97,7 @@ def line_degrees(
     if left == 0:
         return low.astype(np.int64), np.inf
     width = ordered.shape[1]
-    pool = _ranks_between(ordered, low, high)
+    pool = ranks_between(ordered, low, high)
     threshold = float(np.partition(pool, pool.size - left)[pool.size - left])
     above = (ordered > threshold).sum(axis=1)
     degree = np.clip(above, low, high).astype(np.int64)
@@ -115,8 +115,8 @@ def line_degrees(
     return degree, threshold
 
 
-def _ranks_between(ordered: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    # Flat array of the entries with low <= rank < high, rank 0 being the largest of a line.
+def ranks_between(ordered: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return a flat array of the entries with low <= rank < high, rank 0 being the largest of a line."""
     width = ordered.shape[1]
     if np.all(low == low[0]) and np.all(high == high[0]):
         return ordered[:, width - int(high[0]) : width - int(low[0])].reshape(-1)

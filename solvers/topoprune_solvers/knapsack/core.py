@@ -141,8 +141,8 @@ def core_of(problem: MultipleChoiceKnapsack) -> Core:
     start = np.searchsorted(site[choice], np.arange(sites + 1))
     cost = problem.cost[choice]
     largest = np.maximum.reduceat(cost, start[:-1], axis=0) if sites else np.zeros((0, problem.budget.size))
-    binds = np.array([math.fsum(column) > limit for column, limit in zip(largest.T.tolist(), problem.limit.tolist())])
-    resource = np.flatnonzero(binds)
+    most = [math.fsum(column) for column in largest.T.tolist()]
+    resource = np.flatnonzero(np.array(most) > problem.limit)
     return Core(
         problem,
         choice,

@@ -63,9 +63,11 @@ def lagrangian_bound(core: Core, price: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def reduced_damage(core: Core, price: np.ndarray) -> np.ndarray:
-    """Return (m,) float64 >= 0: by how much the bound rises if a choice is forced."""
-    value = core.damage + core.cost @ price
-    return np.asarray(value - core.site_min(value)[core.site])
+    """Return (m,) float64 >= 0: by how much the bound rises at least if a choice is forced, rounded down safely."""
+    priced = core.cost @ price
+    value = core.damage + priced
+    slack = (core.resource.size + 3) * EPSILON * (np.abs(core.damage) + priced)
+    return np.asarray(np.maximum(value - core.site_min(value)[core.site] - slack, 0.0))
 
 
 def best_prices(
@@ -139,7 +141,8 @@ def _cutting_planes(core: Core, first: Dual, start: np.ndarray | None, deadline:
     rounds = 1
     if start is not None:
         # Around a good start the lines of small steps describe L where it matters.
-        for price in (start, *(start * (1 + 0.01 * sign * np.eye(resources)[j]) for j in range(resources) for sign in (-1, 1))):
+        nearby = [1 + 0.01 * sign * row for row in np.eye(resources) for sign in (-1.0, 1.0)]
+        for price in [start, *(start * factor for factor in nearby)]:
             value, pick = lagrangian_bound(core, price)
             rounds += 1
             lines.append(_line(core, pick))
@@ -189,6 +192,6 @@ def _master(damage: np.ndarray, over: np.ndarray, box: np.ndarray) -> tuple[floa
         bounds=[(None, None), *((0.0, limit) for limit in box.tolist())],
         method="highs-ds",
     )
-    if done.status != 0:
+    if done.status != 0 or done.x is None:
         return None
     return float(done.x[0]), np.clip(done.x[1:], 0.0, box)

@@ -13,6 +13,7 @@ from topoprune_solvers.knapsack.core import PROVEN, Core, NoChoiceFound, core_of
 from topoprune_solvers.knapsack.dual import SOURCE, Dual, best_prices, reduced_damage
 from topoprune_solvers.knapsack.halves import best_pair, count_partial_picks, partial_picks, split_sites
 from topoprune_solvers.knapsack.local_search import best_repaired
+from topoprune_solvers.knapsack.neighbourhood import search_neighbourhoods
 from topoprune_solvers.problems import MultipleChoiceKnapsack
 from topoprune_solvers.result import NEVER, Deadline
 from topoprune_solvers.solution import Bound, Solution
@@ -23,8 +24,9 @@ ENUMERATION = "enumeration of all choices near the Lagrangian bound"
 RESOLUTION = PROVEN / 10  # relative: improvements smaller than this are not looked for
 TARGETS = (1e3, 2e4, 2e5, 1e6)  # partial picks per half, stage by stage
 OVERSHOOT = 3  # the count is an estimate from below
+NEIGHBOURHOODS = 20
 TIGHTENINGS = 4
-SEARCHES = 6
+SEARCHES = 5
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,12 @@ class ExactKnapsack:
         dual = best_prices(core, deadline=deadline)
         warm = start_pick(core, warm_start)
         try:
-            pick = best_repaired(core, dual.picks, dual.price, deadline)
+            pick = best_repaired(core, dual.picks, dual.price, deadline, known=warm)
         except NoChoiceFound:
-            if warm is None:
-                from topoprune_solvers.knapsack.cp_sat import any_pick
+            from topoprune_solvers.knapsack.cp_sat import any_pick
 
-                warm = any_pick(core, deadline=deadline, seed=seed)
-            pick = warm
-        if warm is not None and core.objective(warm) < core.objective(pick):
-            pick = warm
-        closing = close_gap(core, dual, pick, deadline=deadline)
+            pick = any_pick(core, deadline=deadline, seed=seed)
+        closing = close_gap(core, dual, pick, seed=seed, deadline=deadline)
         pick, bound = closing.pick, Bound(closing.bound, ENUMERATION if closing.stages else SOURCE)
         stats: dict[str, Any] = {"prices": dual.rounds, "stages": closing.stages, **closing.stats}
         if not closing.proven and not deadline.passed():
@@ -134,7 +132,7 @@ def tightened(core: Core, dual: Dual, cut: float, deadline: Deadline = NEVER) ->
     return None if dual.value >= cut else (core, dual)
 
 
-def close_gap(core: Core, dual: Dual, pick: np.ndarray, *, deadline: Deadline = NEVER) -> Closing:
+def close_gap(core: Core, dual: Dual, pick: np.ndarray, *, seed: int = 0, deadline: Deadline = NEVER) -> Closing:
     """Raise the bound and improve the pick until they meet, the enumeration grows too large, or time is up.
 
     Args:
@@ -173,6 +171,10 @@ def close_gap(core: Core, dual: Dual, pick: np.ndarray, *, deadline: Deadline = 
             break
         if closed() or deadline.passed():
             break
+        if target == TARGETS[1]:
+            # What resists so far has a wide gap: a better pick narrows the stages to come.
+            pick = search_neighbourhoods(core, dual, pick, rounds=NEIGHBOURHOODS, seed=seed, deadline=deadline)
+            upper = core.objective(pick)
     bound = min(bound, upper)
     return Closing(pick, bound, closed(), stages, {"pairs": pairs, "partial_picks": largest})
 
@@ -192,9 +194,10 @@ def _reachable(
             break
         cut = top if share == 1.0 else bound + share * (top - bound)
         part = tightened(core, dual, cut, deadline)
-        fits = part is None or count_partial_picks(
-            part[0], reduced_damage(part[0], part[1].price), cut - part[1].value
-        ) <= target
+        fits = (
+            part is None
+            or count_partial_picks(part[0], reduced_damage(part[0], part[1].price), cut - part[1].value) <= target
+        )
         if fits:
             best, low = (cut, part), share
             if share == 1.0:
@@ -208,7 +211,12 @@ def _reachable(
 def _stage(
     core: Core, dual: Dual, cut: float, most: int, deadline: Deadline
 ) -> tuple[float, np.ndarray | None, int, int] | None:
-    """Return the least excess over the dual's bound, up to the cut, its pick, pairs looked at and size; None if cut off."""
+    """Enumerate all picks below the cut; None if they are too many or the clock stops.
+
+    Returns:
+        The least excess over the dual's bound, at most up to the cut; its pick, if one is below the cut;
+        the pairs looked at; the partial picks of the larger half.
+    """
     rise = reduced_damage(core, dual.price)
     reach = cut - dual.value
     halves = []

@@ -14,24 +14,31 @@ from topoprune_solvers.solution import Infeasible
 
 __all__ = ["best_repaired", "improve", "repair"]
 
-PAIRED = 256  # single changes that are tried in pairs
-STARTS = 8
+PAIRED = 128  # single changes that are tried in pairs
+STARTS = 6
 NOISE = 1e-13  # relative; smaller gains are rounding
 
 
-def best_repaired(core: Core, picks: Sequence[np.ndarray], price: np.ndarray, deadline: Deadline = NEVER) -> np.ndarray:
+def best_repaired(
+    core: Core,
+    picks: Sequence[np.ndarray],
+    price: np.ndarray,
+    deadline: Deadline = NEVER,
+    known: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the best feasible pick reached from several starting points.
 
     Args:
-        picks: starting points, most promising last; the last 8 are used, and all while none led to a feasible pick.
+        picks: starting points, most promising last; the last 6 are used, and all while none led to a feasible pick.
         price: (a,) float64, prices of the budgets that rank the changes.
+        known: (s,) a feasible pick; the answer is at least as good.
 
     Raises:
         Infeasible: no pick exists, proven by prices at which even the cheapest picks cost more than the budgets.
         NoChoiceFound: nothing feasible was found, which proves nothing.
     """
     rank = reduced_damage(core, price)
-    best: np.ndarray | None = None
+    best = known
     for number, start in enumerate(reversed(picks)):
         if best is not None and (number >= STARTS or deadline.passed()):
             break
@@ -82,7 +89,7 @@ def repair(core: Core, pick: np.ndarray, rank: np.ndarray) -> np.ndarray | None:
             best = int(price.argmin())
             pick[core.site[best]] = best
             continue
-        pair = _pair(core, pick, -gain, change, spent, target=scale, enough=-NOISE * excess)
+        pair = _pair(core, pick, -gain, change, spent, target=scale, enough=-NOISE * float(excess))
         if pair is None:
             return None
         pick[core.site[list(pair)]] = pair

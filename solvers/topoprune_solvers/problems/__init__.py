@@ -7,6 +7,7 @@
 `QuadraticSubset`       C: pruned set with least 1_P^T G 1_P, k units or a knapsack
 `RepairedSubset`        C: exactly k units, least loss after least-squares repair
 `EdgeSelection`         D: exactly k weight edges, attachment-weighted
+`BlockMask`             D: N of every M neighbouring edges, also transposable
 `MultipleChoiceKnapsack` E: one choice per site, least damage within every budget
 ======================  =========================================================
 
@@ -18,6 +19,7 @@ Every problem has ``n`` (length of a keep mask), ``sense``, ``objective(keep)`` 
 
 from __future__ import annotations
 
+from topoprune_solvers.problems.blocks import BlockMask
 from topoprune_solvers.problems.budgeted import BudgetedDomination, SoftDomination
 from topoprune_solvers.problems.dominating import DominatingSet
 from topoprune_solvers.problems.edges import EdgeSelection
@@ -27,6 +29,7 @@ from topoprune_solvers.problems.repaired import RepairedSubset, repaired_weight
 from topoprune_solvers.problems.units import UnitProblem
 
 __all__ = [
+    "BlockMask",
     "BudgetedDomination",
     "DominatingSet",
     "EdgeSelection",
@@ -44,6 +47,7 @@ Problem = (
     | BudgetedDomination
     | SoftDomination
     | EdgeSelection
+    | BlockMask
     | MultipleChoiceKnapsack
     | QuadraticSubset
     | RepairedSubset

@@ -52,8 +52,8 @@ class EdgeSelection:
         score = np.asarray(self.score, dtype=np.float64)
         if score.ndim != 2:
             raise ValueError(f"score must be (n_rows, n_cols), found shape {score.shape}")
-        if not np.all(np.isfinite(score)):
-            raise ValueError("score must be finite")
+        if not np.isfinite(score.sum()):
+            raise ValueError("score must be finite, its sum included")
         if score.size and score.min() < 0:
             raise ValueError(f"score must be >= 0, found {score.min():g}")
         object.__setattr__(self, "score", read_only(score))

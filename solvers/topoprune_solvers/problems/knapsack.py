@@ -70,12 +70,12 @@ class MultipleChoiceKnapsack:
             if not np.all(np.isfinite(value)):
                 where = int(np.flatnonzero(~np.isfinite(value).reshape(value.shape[0], -1).all(axis=1))[0])
                 raise ValueError(f"{name} must be finite, found {value[where]} at index {where}")
+            if value.size and not float(np.abs(value).max()) < LARGEST / value.size:
+                raise ValueError(f"{name} is too large to add up: {np.abs(value).max():g}; measure it in larger units")
         if cost.size and cost.min() < 0:
             raise ValueError(f"cost must be >= 0, found {cost.min():g} at choice {int(cost.argmin()) // budget.size}")
         if budget.min() < 0:
             raise ValueError(f"budget must be >= 0, found {budget.min():g} for resource {int(budget.argmin())}")
-            if value.size and not np.sum(np.abs(value).max(axis=0)) * max(value.shape[0], 1) < LARGEST:
-                raise ValueError(f"{name} is too large to add up: {np.abs(value).max():g}; measure it in larger units")
         start = _offsets(self.start, damage.size)
         for name, array in (("damage", damage), ("cost", cost), ("budget", budget), ("start", start)):
             object.__setattr__(self, name, read_only(array))
@@ -182,7 +182,7 @@ class MultipleChoiceKnapsack:
         over = np.flatnonzero(spent > self.limit)
         if over.size:
             j = int(over[0])
-            return f"resource {j}: the choices cost {spent[j]!r}, the budget is {self.budget[j]!r}"
+            return f"resource {j}: the choices cost {float(spent[j])!r}, the budget is {float(self.budget[j])!r}"
         return None
 
     def _not_one(self, keep: np.ndarray) -> str | None:

@@ -11,7 +11,7 @@ from topoprune_solvers.csr import read_only
 from topoprune_solvers.problems.units import vector
 from topoprune_solvers.solution import Infeasible, Sense
 
-__all__ = ["QuadraticSubset", "check_budget", "check_semidefinite", "symmetric_matrix"]
+__all__ = ["CHECK_UNITS", "QuadraticSubset", "check_budget", "check_semidefinite", "symmetric_matrix"]
 
 SYMMETRY = 1e-5  # largest |G - G^T|, relative to the largest entry: the rounding of a float32 Gram
 NEGATIVE = 1e-6  # most negative eigenvalue, relative to the largest absolute row sum

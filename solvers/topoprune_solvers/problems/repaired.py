@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from topoprune_solvers.csr import read_only
-from topoprune_solvers.problems.quadratic import check_budget, check_semidefinite, symmetric_matrix
+from topoprune_solvers.problems.quadratic import CHECK_UNITS, check_budget, check_semidefinite, symmetric_matrix
 from topoprune_solvers.solution import Sense
 
 __all__ = ["RepairedSubset", "repaired_weight"]
@@ -68,6 +68,11 @@ class RepairedSubset:
         object.__setattr__(self, "blocks", read_only(_offsets(self.blocks, d)))
         if not (np.isfinite(self.ridge) and self.ridge > 0):
             raise ValueError(f"ridge must be > 0, found {self.ridge!r}: moments are often singular")
+        if d <= CHECK_UNITS:
+            try:
+                np.linalg.cholesky(self.regular_moment(np.arange(d)))
+            except np.linalg.LinAlgError:
+                raise ValueError(self.not_definite) from None
         if self.k is None:
             raise ValueError("k must be a whole number of units, found None")
         check_budget(self, self.n)
@@ -101,6 +106,14 @@ class RepairedSubset:
         mean = float(self.moment.diagonal().mean()) if d else 0.0
         return self.ridge * (mean if mean > 0 else 1.0)
 
+    @property
+    def not_definite(self) -> str:
+        """What to say when a factorisation of the moment with its ridge fails."""
+        return (
+            f"moment is not positive definite even with ridge={self.ridge:g} of its mean diagonal: rounding in it is "
+            f"larger than the ridge; raise ridge or accumulate the moment in float64"
+        )
+
     def columns(self, units: np.ndarray) -> np.ndarray:
         """Return the column indices that a mask or an index array of units owns, in the order given."""
         units = np.flatnonzero(units) if np.asarray(units).dtype == bool else np.asarray(units)
@@ -130,7 +143,10 @@ class RepairedSubset:
         kept = self.columns(keep)
         order = np.concatenate([kept, pruned])
         # Fortran order by the transpose of a symmetric matrix: factorised in place.
-        factor = cholesky(self.regular_moment(order).T, lower=True, overwrite_a=True, check_finite=False)
+        try:
+            factor = cholesky(self.regular_moment(order).T, lower=True, overwrite_a=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            raise ValueError(self.not_definite) from None
         return float(np.square(self.weight[:, pruned] @ np.tril(factor[kept.size :, kept.size :])).sum())
 
     def violation(self, keep: np.ndarray) -> str | None:

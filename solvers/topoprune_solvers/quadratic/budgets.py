@@ -112,7 +112,8 @@ class OpenPart:
             below, above = -reach, reach
         else:
             # Units of small cost need a large price before they move.
-            below, above = np.zeros(x.shape[0]), reach * float(direction.max()) / direction[direction > 0].min(initial=1)
+            least = direction[direction > 0].min(initial=1.0)
+            below, above = np.zeros(x.shape[0]), reach * float(direction.max()) / least
         for _ in range(BISECTIONS):
             price = (below + above) / 2
             enough = np.clip(x + price[:, None] * direction, low, high) @ direction >= target

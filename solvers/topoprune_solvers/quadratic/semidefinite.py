@@ -130,7 +130,7 @@ def _into_polytope(matrix: np.ndarray, part: OpenPart, zero: np.ndarray, one: np
 def _dual(
     objective: np.ndarray, multiplier: np.ndarray, normal: np.ndarray | None, part: OpenPart, scale: float
 ) -> tuple[ConvexForm, float]:
-    """Return the convex form that a multiplier defines, and its linear part's bound (the tangent at the origin of A)."""
+    """Return the convex form that a multiplier defines, and the bound of its linear part alone."""
     f = part.f
     outer = objective + multiplier
     coupling = np.maximum(outer[1:, 1:], 0.0)
@@ -164,4 +164,4 @@ def _dual(
         slack=scale * rounding,
         source=SOURCE,
     )
-    return form, part.constant + scale * value
+    return form, float(part.constant + scale * value)
