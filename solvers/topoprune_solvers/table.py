@@ -43,7 +43,8 @@ def solver_table(problem_type: type | None = None) -> list[dict[str, Any]]:
     Args:
         problem_type: only its solvers; default: all.
 
-    >>> rows = solver_table(problems.DominatingSet)
+    >>> from topoprune_solvers import DominatingSet
+    >>> rows = solver_table(DominatingSet)
     >>> [row["exact"] for row in rows if row["solver"] in ("exact", "greedy")]
     [True, False]
     """

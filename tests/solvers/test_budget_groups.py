@@ -178,10 +178,13 @@ def test_an_oracle_that_dies_costs_the_proof_and_nothing_else(monkeypatch: pytes
     from topoprune_solvers.budgeted import group_cover
     from topoprune_solvers.native import NativeOutcome
 
-    monkeypatch.setattr(group_cover, "IN_PROCESS", 0)
     problem = BudgetedDomination(*random_graph(80, 0.1, 2), k=16, group=np.arange(80) % 4, group_min=4, group_max=4)
     alive = solve(problem, "cp-sat")
     assert alive.status is Status.OPTIMAL
+    monkeypatch.setattr(group_cover, "IN_PROCESS", 0)
+    cover, groups = cover_of(problem), Groups.of(problem)
+    keep, decided = group_cover.cover_natively("CP-SAT", cover, groups, NEVER, 0)  # in a process of its own
+    assert decided and keep is not None and groups.extendable(keep) and (cover.counts(keep) > 0).all()
     died = NativeOutcome("crashed", message="killed by signal 9")
     monkeypatch.setattr(group_cover, "run_killable", lambda *arguments, **options: died)
     solution = solve(problem, "cp-sat")

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topoprune_solvers import DominatingSet, Status, get_solver, solve
+from topoprune_solvers.compiled import enabled
 from topoprune_solvers.domination import exact_large as large
 from topoprune_solvers.domination import tally as tallies
 from topoprune_solvers.domination.covering import SetCover, cover_of, open_part
 from topoprune_solvers.domination.exact_large import exact_large
+from topoprune_solvers.domination.few_picks import cover_of_at_most
 from topoprune_solvers.domination.greedy import greedy_choice
 from topoprune_solvers.domination.linear_relaxation import linear_relaxation, price_bound
 from topoprune_solvers.domination.lp_rounding import round_relaxation
@@ -114,6 +116,43 @@ def test_the_race_needs_no_single_solver(without: tuple[str, ...], monkeypatch: 
     outcome = exact_large(instance)
     assert outcome.complete and outcome.chosen is not None
     assert math.isclose(instance.value(outcome.chosen), exact_large(instance).bound, rel_tol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 14), density=st.floats(0.05, 0.9), compiled=st.booleans())
+def test_few_picks_decide_as_brute_force_does(seed: int, n: int, density: float, compiled: bool) -> None:
+    problem = DominatingSet(*random_graph(n, density, seed=seed))
+    instance = instance_of(problem)
+    optimum = int(solve(problem, "brute").objective)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOPOPRUNE_NUMBA", "1" if compiled else "0")
+        for picks in range(optimum + 2):
+            chosen, complete, _ = cover_of_at_most(instance, picks)
+            assert complete and (chosen is None) == (picks < optimum)
+            if chosen is not None:
+                assert instance.is_cover(chosen) and chosen.sum() <= picks
+
+
+def test_few_picks_compiled_and_in_python_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 150 candidates: several words, the last one partly filled.
+    instance = instance_of(DominatingSet(*random_graph(150, 0.15, seed=4)))
+    fast = [cover_of_at_most(instance, picks) for picks in range(3, 10)]
+    monkeypatch.setenv("TOPOPRUNE_NUMBA", "0")
+    for picks, (chosen, complete, nodes) in zip(range(3, 10), fast, strict=True):
+        if nodes < 2000:
+            again = cover_of_at_most(instance, picks)
+            assert again[1:] == (complete, nodes)
+            assert (chosen is None) == (again[0] is None)
+            assert chosen is None or np.array_equal(chosen, again[0])
+
+
+@pytest.mark.skipif(not enabled(), reason="minutes without numba")
+def test_few_picks_prove_what_the_relaxation_cannot() -> None:
+    instance = instance_of(DominatingSet(*random_graph(130, 0.3, seed=0)))
+    outcome = exact_large(instance)
+    assert outcome.complete and outcome.source == "search over few picks"
+    relaxation = linear_relaxation(instance)
+    assert relaxation is not None and relaxation.bound < outcome.bound
 
 
 def test_a_cutoff_asks_for_less_than_the_optimum() -> None:

@@ -53,12 +53,12 @@ def lazy_greedy(
     keep: Column,
     heap_gain: Column,
     heap_unit: Column,
-    state: Column,
-    picks: int,
+    target: int,
     least: float,
+    state: Column,
     effort: int,
 ) -> None:
-    """Take the fitting unit of largest gain, `picks` times, from a heap of gains that may be out of date.
+    """Take the fitting unit of largest gain, until `target` are taken, from a heap of gains that may be out of date.
 
     Args:
         count, slack: kept units of each group, and (1,) units not spoken for; updated.
@@ -67,8 +67,8 @@ def lazy_greedy(
         state: (heap size, units taken, 1 once the largest gain is `least` or less); updated.
         least: stop at a gain of this or less.
     """
-    size, taken = state[0], 0
-    while taken < picks and size > 0 and effort > 0:
+    size, taken = state[0], state[1]
+    while taken < target and size > 0 and effort > 0:
         unit = heap_unit[0]
         group = label[unit]
         gain = 0.0
@@ -117,7 +117,7 @@ def lazy_greedy(
         if size > 0:
             heap_gain[place], heap_unit[place] = gain, unit
     state[0] = size
-    state[1] += taken
+    state[1] = taken
 
 
 @kernel
@@ -139,8 +139,8 @@ def swap_units(
     rescue: Column,
     touched: Column,
     weakest: Column,
-    state: Column,
     threshold: float,
+    state: Column,
     effort: int,
 ) -> None:
     """Go round the units that are out; swap each with the kept unit whose place it fills best, if that gains.

@@ -41,15 +41,19 @@ def swap_while_better(
     server, first, second = _best_two(service, keep)
     alone = first - second
     loss = np.bincount(server[server >= 0], weights=alone[server >= 0], minlength=n)
-    state = np.zeros(3, dtype=np.int64)
     threshold = SMALLEST_GAIN * float(first.sum())
     columns = (
         *(service.indptr, service.indices, service.gives, service.gets, groups.label, groups.low, groups.high),
         *(groups.count(keep), problem.forced | problem.forbidden, keep, server, first, second, loss),
-        *(np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(groups.low.size, dtype=np.int64), state, threshold),
+        *(np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(groups.low.size, dtype=np.int64), threshold),
     )
-    while state[1] < n and state[2] < MOST_SWAPS * n and not deadline.passed():
-        run("swap_units", *columns, effort=True)
+    run(
+        "swap_units",
+        *columns,
+        state=np.zeros(3, dtype=np.int64),
+        done=lambda state: state[1] >= n or state[2] >= MOST_SWAPS * n,
+        deadline=deadline,
+    )
     return keep
 
 

@@ -20,26 +20,36 @@ ROUNDING = 1e-11  # relative: more than the sums of a bound can lose
 _EFFORT = 20_000_000, 100_000  # row entries between two looks at the clock: compiled, and as Python; under 50 ms
 
 
-def run(name: str, *columns: Any, effort: bool = False) -> None:
+def run(
+    name: str,
+    *columns: Any,
+    state: np.ndarray | None = None,
+    done: Callable[[Any], bool] | None = None,
+    deadline: Deadline = NEVER,
+) -> None:
     """Run a kernel of `facility_kernels`: compiled on the arrays, or as Python on lists that are copied back.
 
     Args:
-        name: the kernel. columns: its arguments. effort: append the entries to handle in one call.
+        name: the kernel. columns: its arguments.
+        state, done: a kernel that stops now and then is called again, with `state` and the effort as last arguments,
+            until ``done(state)`` or the deadline has passed.
     """
     from topoprune_solvers.budgeted import facility_kernels
 
     function: Callable[..., None] = getattr(facility_kernels, name)
     compiled = enabled()
-    if effort:
-        columns = (*columns, _EFFORT[0] if compiled else _EFFORT[1])
-    if compiled:
-        function(*columns)
-        return
-    lists = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns]
-    choose(function)(*lists)
-    for column, values in zip(columns, lists, strict=True):
-        if isinstance(column, np.ndarray) and column.flags.writeable:
-            column[...] = values
+    arrays = columns if state is None else (*columns, state)
+    values = arrays if compiled else [a.tolist() if isinstance(a, np.ndarray) else a for a in arrays]
+    if done is None:
+        function(*values) if compiled else choose(function)(*values)
+    else:
+        function, effort = (function, _EFFORT[0]) if compiled else (choose(function), _EFFORT[1])
+        while not done(values[-1]) and not deadline.passed():
+            function(*values, effort)
+    if not compiled:
+        for array, value in zip(arrays, values, strict=True):
+            if isinstance(array, np.ndarray) and array.flags.writeable:
+                array[...] = value
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,21 +141,19 @@ class GreedyRun:
         units = units[np.argsort(-self.gains[units], kind="stable")]  # sorted, so a heap
         self._heap_gain, self._heap_unit = self.gains[units], units
         self._state = np.array([units.size, 0, 0])
-        self.done = False
 
     def take(self, picks: int, deadline: Deadline = NEVER, least: float = -1.0) -> None:
         """Take up to `picks` units, fewer if the deadline passes, none fits or none gains more than `least`."""
         target = int(self._state[1]) + picks
         service, groups = self.service, self.groups
-        while self._state[1] < target and not self.done and not deadline.passed():
-            run(
-                "lazy_greedy",
-                *(service.indptr, service.indices, service.gives, groups.label, groups.low, groups.high),
-                *(self._count, self._slack, self.reached, self.keep, self._heap_gain, self._heap_unit, self._state),
-                *(target - int(self._state[1]), least),
-                effort=True,
-            )
-            self.done = bool(self._state[0] == 0 or self._state[2])
+        run(
+            "lazy_greedy",
+            *(service.indptr, service.indices, service.gives, groups.label, groups.low, groups.high),
+            *(self._count, self._slack, self.reached, self.keep, self._heap_gain, self._heap_unit, target, least),
+            state=self._state,
+            done=lambda state: state[1] >= target or state[0] == 0 or state[2] == 1,
+            deadline=deadline,
+        )
 
 
 def path_bound(groups: Groups, problem: Any, price: np.ndarray, gains: np.ndarray) -> tuple[float, np.ndarray]:

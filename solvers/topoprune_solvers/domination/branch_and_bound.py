@@ -164,8 +164,8 @@ def search(instance: Any, stack: Any, work: Any, state: Any, node_limit: int) ->
         for e in range(len(price)):
             price[e] = stack_price[depth][e]
             need[e] = stack_need[depth][e]
-        alive = True
-        while alive:
+        alive = again = True
+        while alive and again:
             feasible, elements, units, chosen, value = reduce_node(rows, cols, cost, need, bit, elements, units)
             choice |= chosen
             spent += value
@@ -180,10 +180,8 @@ def search(instance: Any, stack: Any, work: Any, state: Any, node_limit: int) ->
             )
             lower = max(lower, spent + bound)
             alive = bound <= room
-            few = not must and not fresh and size(drop) * FEW < size(units)
+            again = bool(must) or (bool(drop) and (fresh or size(drop) * FEW >= size(units)))
             units &= ~(drop | must)
-            if few:
-                break
             choice |= must
             while must:
                 c = lowest(must)

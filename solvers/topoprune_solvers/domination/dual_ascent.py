@@ -56,8 +56,8 @@ class Pricing:
             fixed = float(cost[instance.forced].sum())
         cost = np.where(instance.forced | instance.forbidden, np.inf, cost)
         return cls(
-            instance.indptr, instance.indices, instance.indptr, instance.indices, cost, demand.astype(np.float64), fixed,
-            is_integral(instance.cost),
+            instance.indptr, instance.indices, instance.indptr, instance.indices, cost, demand.astype(np.float64),
+            fixed, is_integral(instance.cost),
         )  # fmt: skip
 
     def degree_prices(self) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The exact path for set-cover instances of any size: reduce, split, search locally, then race what can prove.
 
 No single method proves optimality on all graphs. Unsatisfiable cores (MaxSAT) close sparse, street-like ones, the
-linear relaxation hub-like ones, CP-SAT and branch and cut small dense ones; local search finds the covers. They
-run in processes of their own, share the best cover and the best bound, and the first proof ends the race.
+linear relaxation hub-like ones, counting picks dense ones with small covers, CP-SAT and branch and cut others;
+local search finds the covers. They run in processes of their own, share the best cover and the best bound, and
+the first proof ends the race.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from topoprune_solvers.domination.covering import SetCover
 from topoprune_solvers.domination.cp_sat import cp_sat_task
+from topoprune_solvers.domination.few_picks import few_picks_applies, few_picks_task
 from topoprune_solvers.domination.greedy import greedy_choice
 from topoprune_solvers.domination.linear_relaxation import relaxation_task
 from topoprune_solvers.domination.local_search import RowWeighting, local_search
@@ -160,13 +162,15 @@ def _close_large(tally: Tally, deadline: Deadline, seed: int) -> None:
 def _schedule(tally: Tally, deadline: Deadline, seed: int, *, relaxed: bool) -> list[NativeTask]:
     """Return who races, two at a time: cores from the start, beside them LP, local search, and the next in line.
 
-    SAT solvers differ by orders of magnitude on one instance, so a second one gets a slice; instances with
-    long rows (dense graphs) leave more to CP-SAT.
+    SAT solvers differ by orders of magnitude on one instance, so a second one gets a slice. On dense graphs with
+    small covers counting picks comes first, and CP-SAT earlier.
     """
     instance = tally.instance
     limited = math.isfinite(deadline.at)
     seconds = deadline.remaining() if limited else 20 * SEARCH_SECONDS
-    searching = min(SEARCH_SECONDS, SEARCH_SHARE * seconds)
+    few = few_picks_applies(instance, tally.value)
+    # Small covers are found at once; the time goes to the proof.
+    searching = min(SEARCH_SECONDS, SEARCH_SHARE * seconds) / (10 if few else 1)
     tasks = [] if relaxed else [relaxation_task(instance)]
 
     def search() -> tuple[Any, ...]:
@@ -177,14 +181,18 @@ def _schedule(tally: Tally, deadline: Deadline, seed: int, *, relaxed: bool) -> 
         assert not callable(task.arguments)
         return task.arguments
 
-    tasks.append(NativeTask(f"{__name__}:run_local_search", search, "local search"))
     dense = instance.row.size > DENSE_ROWS * instance.n_elements
+    tasks.append(NativeTask(f"{__name__}:run_local_search", search, "local search"))
     if _has("pysat"):
-        tasks.insert(0, max_sat_task(instance))
-        if not dense:
-            slices = SLICE_SHARE * seconds
+        slices = SLICE_SHARE * seconds
+        if dense:
+            tasks.append(max_sat_task(instance, seconds=slices))
+        else:
+            tasks.insert(0, max_sat_task(instance))
             tasks.append(max_sat_task(instance, sat_solver="g3", seconds=slices))
             tasks.append(max_sat_task(instance, exhaust=False, seconds=slices))
+    if few:
+        tasks.insert(0, few_picks_task(instance, tally.value, tally.bound))
     if _has("ortools"):
         tasks.append(NativeTask("topoprune_solvers.domination.cp_sat:run_cp_sat", cp_sat, "CP-SAT"))
     tasks.append(milp_task(instance, tally.value))

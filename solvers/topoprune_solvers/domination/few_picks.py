@@ -61,9 +61,7 @@ def run_few_picks(channel: Channel, instance: SetCover, value: float, bound: flo
     return {"few_picks_nodes": nodes}
 
 
-def cover_of_at_most(
-    instance: SetCover, picks: int, deadline: Deadline = NEVER
-) -> tuple[np.ndarray | None, bool, int]:
+def cover_of_at_most(instance: SetCover, picks: int, deadline: Deadline = NEVER) -> tuple[np.ndarray | None, bool, int]:
     """Search for a cover of at most `picks` candidates; all demands are 1, costs play no part.
 
     At each node the `r` largest gains must add up to what is uncovered; candidates too small for that go, and the
@@ -104,7 +102,8 @@ def cover_of_at_most(
     if not enabled():
         arrays = [array.tolist() if isinstance(array, np.ndarray) else array for array in arrays]
         chunk = 10
-    step, limit, answer = choose(picks_kernel), chunk, OUT_OF_NODES
+    step: Any = choose(picks_kernel)
+    limit, answer = chunk, OUT_OF_NODES
     while answer == OUT_OF_NODES and not deadline.passed():
         answer = step(*arrays, limit)
         limit += chunk

@@ -110,16 +110,17 @@ def run_highs(channel: Channel, instance: SetCover) -> tuple[np.ndarray, np.ndar
 
 
 def _highs(instance: SetCover, seconds: float) -> tuple[np.ndarray, np.ndarray] | None:
-    from scipy.optimize import linprog
+    from scipy import optimize
 
+    linprog: Any = optimize.linprog  # the stubs know no sparse rows
     rows = sparse.csr_array(
         (-np.ones(instance.row.size), instance.row, instance.row_start),
         shape=(instance.n_elements, instance.n_candidates),
     )
     # HiGHS' tolerances are absolute.
     scale = float(instance.cost.max()) or 1.0
-    options: Any = {"time_limit": seconds} if math.isfinite(seconds) else {}
-    method: Any = "highs-ipm" if instance.row.size > LOCAL_ENTRIES else "highs-ds"
+    options = {"time_limit": seconds} if math.isfinite(seconds) else {}
+    method = "highs-ipm" if instance.row.size > LOCAL_ENTRIES else "highs-ds"
     result = linprog(
         instance.cost / scale,
         A_ub=rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -153,7 +154,8 @@ def local_search(
     met or `max_steps` the search does not end.
 
     Args:
-        instance: a set cover that can be covered. start: (c,) bool to begin with, completed and pruned; greedy by default.
+        instance: a set cover that can be covered.
+        start: (c,) bool to begin with, completed and pruned; greedy by default.
         seed: of the choice among uncovered elements. target: stop at a cover that costs no more.
         max_steps: most steps; the same number gives the same answer, with or without numba.
 
@@ -244,7 +246,7 @@ class RowWeighting:
         """Search on until a limit is met; return whether the search is over (target met or nothing cheaper exists)."""
         from topoprune_solvers.domination.local_search_kernels import search_kernel
 
-        kernel = choose(search_kernel)
+        kernel: Callable[..., int] = choose(search_kernel)
         left = math.inf if max_steps is None else max_steps
         while not self.exhausted and self.value > target and left > 0 and not deadline.passed():
             wanted = int(max(1, min(left, min(SLICE, deadline.remaining()) / self._pace, 1_000_000)))

@@ -14,6 +14,7 @@ from topoprune_solvers.domination.covering import SetCover, cover_of, open_part
 from topoprune_solvers.domination.greedy import best_greedy_cover, greedy_choice
 from topoprune_solvers.domination.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.domination.linear_relaxation import SOURCE, linear_relaxation
+from topoprune_solvers.domination.reductions import reduce_cover
 from topoprune_solvers.problems import DominatingSet
 from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution, best_bound
@@ -26,7 +27,7 @@ _SHARE = 0.8  # of a time limit for the relaxation; the rest is for rounding
 
 @dataclass(frozen=True)
 class LpRoundingDominatingSet:
-    """Solve the linear relaxation and round it in several ways; each is completed greedily, pruned, and the best stays.
+    """Reduce, solve the linear relaxation and round it in several ways; each is completed greedily and pruned.
 
     Deterministic: everything the relaxation takes to at least 1/f (f: most candidates of an element; for demands
     the classic 1/(f - r + 1)), and higher thresholds. Random: each candidate with a probability that grows with
@@ -60,20 +61,22 @@ class LpRoundingDominatingSet:
         if bound.value >= objective or deadline.passed():
             return unit_solution(problem, keep, self.name, bound=bound, timed_out=deadline.passed())
         part = open_part(cover, ceiling=objective)
+        reduced = reduce_cover(part.instance, deadline)
         for_lp = Deadline.after(deadline.remaining() * _SHARE if math.isfinite(deadline.at) else None)
-        relaxation = linear_relaxation(part.instance, for_lp)
+        relaxation = linear_relaxation(reduced.core, for_lp)
         if relaxation is None:
             bound = best_bound("min", [bound, cover_bound(cover, objective, effort=10 * EFFORT)])
             return unit_solution(problem, keep, self.name, bound=bound, timed_out=deadline.passed(), stats={"lp": 0})
-        bound = best_bound("min", [bound, Bound(part.fixed + relaxation.bound, SOURCE)])
+        lowest = Bound(part.fixed + reduced.fixed + relaxation.bound, SOURCE)
+        bound = best_bound("min", [bound, lowest])
+        assert bound is not None
         rounded = 0
-        for chosen in round_relaxation(part.instance, relaxation.x, trials=self.trials, seed=seed, deadline=deadline):
+        for chosen in round_relaxation(reduced.core, relaxation.x, trials=self.trials, seed=seed, deadline=deadline):
             rounded += 1
-            found = part.keep(cover, chosen)
+            found = part.keep(cover, reduced.invert(chosen))
             value = problem.objective(found)
             if value < objective:
                 keep, objective = found, value
-            assert bound is not None
             if objective <= bound.value:
                 break
         return unit_solution(

@@ -130,14 +130,13 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
                 work += row_size[element]
                 row_size[element] = squeeze(row, begin, row_size[element], alive_c)
             size = row_size[element]
-            if size == demand[element]:
-                if rules[2]:
-                    for position in range(begin, begin + size):
-                        work += take(
-                            row[position], row, row_start, row_size, col, col_start, col_size, demand, alive_e, alive_c,
-                            live_e, live_c, empty, queue_e, wait_e, queue_c, wait_c, state,
-                        )  # fmt: skip
-                    continue
+            if size == demand[element] and rules[2]:
+                for position in range(begin, begin + size):
+                    work += take(
+                        row[position], row, row_start, row_size, col, col_start, col_size, demand, alive_e, alive_c,
+                        live_e, live_c, empty, queue_e, wait_e, queue_c, wait_c, state,
+                    )  # fmt: skip
+                continue
             if not rules[1]:
                 continue
             sign, pivot = 0, row[begin]

@@ -6,7 +6,7 @@ candidates, a dropped candidate shrinks elements, until one candidate is all an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +120,8 @@ class Reduction:
         if "empty" in self.rules:
             alive_c[size == 0] = 0
         arrays = [
-            instance.row.copy(), instance.row_start, degree.copy(), instance.col.copy(), instance.col_start, size.copy(),
+            instance.row.copy(), instance.row_start, degree.copy(),
+            instance.col.copy(), instance.col_start, size.copy(),
             instance.cost, instance.demand.copy(), alive_e, alive_c, degree.copy(), size.copy(),
             np.arange(e), np.ones(e, np.int8), np.arange(c), np.ones(c, np.int8),
             _signatures(instance.row_start, instance.row), _signatures(instance.col_start, instance.col),
@@ -132,7 +133,7 @@ class Reduction:
         free = np.flatnonzero(instance.cost == 0) if "free" in self.rules else np.zeros(0, np.int64)
         if free.size:
             choose(take_kernel)(free if enabled() else free.tolist(), *arrays)
-        step = choose(reduce_kernel)
+        step: Callable[..., bool] = choose(reduce_kernel)
         while not deadline.passed() and step(*arrays, budget):
             pass
         demand, alive_e, alive_c = np.asarray(arrays[7], np.int64), np.asarray(arrays[8]), np.asarray(arrays[9])

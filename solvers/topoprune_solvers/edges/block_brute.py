@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,14 +18,14 @@ __all__ = ["BruteBlocks"]
 
 @dataclass(frozen=True)
 class BruteBlocks:
-    """Try all selections of the right size of at most 18 edges."""
+    """Try all ways to keep the right number in every group of a row, of at most 18 edges."""
 
     name: str = "brute"
     capabilities: ClassVar[Capabilities] = Capabilities(
         problem=BlockMask,
         exact=True,
         guarantee="optimal, by trying every selection",
-        complexity="O(C(n, n kept / group) n)",
+        complexity="O(C(group, kept)^(n / group) n)",
         max_units=18,
         when="tests",
     )
@@ -35,9 +35,10 @@ class BruteBlocks:
     ) -> Solution:
         """Return the first best mask in lexicographic order; ignores the time limit."""
         best: np.ndarray | None = None
-        for chosen in combinations(range(problem.n), problem.n // problem.group * problem.kept):
-            keep = np.zeros(problem.n, dtype=bool)
-            keep[list(chosen)] = True
+        size = problem.group
+        choices = [[j in chosen for j in range(size)] for chosen in combinations(range(size), problem.kept)]
+        for groups in product(choices, repeat=problem.n // size):
+            keep = np.array(groups, dtype=bool).reshape(-1)
             if problem.violation(keep) is None and (best is None or problem.objective(keep) > problem.objective(best)):
                 best = keep
         assert best is not None, "every block has a mask"

@@ -43,15 +43,18 @@ def repair_degrees(table: RowValues, k: int, price: BudgetPrice, deadline: Deadl
             degree[row] += jump[row]
             missing -= int(jump[row])
     if missing:
-        options = [_shared(value, degree, missing, None)]
+        tries: list[tuple[int, int] | None] = [None]
         left = np.flatnonzero(degree != price.more)
-        for row in left[np.argsort(jump[left], kind="stable")][:JUMPS].tolist():
+        tries += [(row, int(price.more[row])) for row in left[np.argsort(jump[left], kind="stable")][:JUMPS].tolist()]
+        options = []
+        for jumping in tries:
+            option = _shared(value, degree, missing, jumping)
+            if option is not None:
+                options.append(option)
             if deadline.passed():
                 break
-            options.append(_shared(value, degree, missing, (row, int(price.more[row]))))
-        options = [option for option in options if option is not None]
         if not options:
-            options = [_anyhow(value, degree, missing)]
+            options.append(_anyhow(value, degree, missing))
         degree = max(options, key=lambda option: total_worth(value, option))
     return _exchange(value, degree, deadline)
 

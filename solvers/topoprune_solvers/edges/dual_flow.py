@@ -113,6 +113,7 @@ class DualFlowEdges:
                 break
             # A maximum flow takes any way through its core: the narrower, the better.
             rounds, size = 2 * rounds, min(edges, 3 * size) if native else narrow
+        assert keep is not None, "the first attempt found a selection"
         stats = {"rounds": search.rounds, "core": size}
         return edge_solution(problem, keep, self.name, bound=bound, timed_out=timed_out, stats=stats)
 

@@ -126,6 +126,7 @@ def cp_sat_pick(
     hint: np.ndarray | None = None,
     upper: float = math.inf,
     first: bool = False,
+    effort: float = math.inf,
     deadline: Deadline = NEVER,
     seed: int = 0,
     workers: int = 1,
@@ -135,6 +136,7 @@ def cp_sat_pick(
     Args:
         core: choices to search, a part of `whole`, whose positions `hint` and the returned pick use.
         upper: objective of a known pick; the bound is at most this, for picks outside the part are not below it.
+        effort: CP-SAT's deterministic time, about seconds; unlike a clock it repeats exactly.
 
     Raises:
         Infeasible: no pick of the core keeps the budgets and no `hint` is known.
@@ -173,6 +175,8 @@ def cp_sat_pick(
         solver.parameters.random_seed = seed & 0x7FFFFFFF
         solver.parameters.linearization_level = 2
         solver.parameters.stop_after_first_solution = first
+        if math.isfinite(effort):
+            solver.parameters.max_deterministic_time = effort
         if math.isfinite(deadline.at):
             solver.parameters.max_time_in_seconds = deadline.remaining()
         status = solver.solve(model)

@@ -13,18 +13,19 @@ from topoprune_solvers.knapsack.core import PROVEN, Core, NoChoiceFound, core_of
 from topoprune_solvers.knapsack.dual import SOURCE, Dual, best_prices, reduced_damage
 from topoprune_solvers.knapsack.halves import best_pair, count_partial_picks, partial_picks, split_sites
 from topoprune_solvers.knapsack.local_search import best_repaired
-from topoprune_solvers.knapsack.neighbourhood import search_neighbourhoods
 from topoprune_solvers.problems import MultipleChoiceKnapsack
 from topoprune_solvers.result import NEVER, Deadline
-from topoprune_solvers.solution import Bound, Solution
+from topoprune_solvers.solution import Bound, Infeasible, Solution
 
 __all__ = ["Closing", "ExactKnapsack", "close_gap", "tightened"]
 
-ENUMERATION = "enumeration of all choices near the Lagrangian bound"
+ENUMERATION = "exhaustive search of all choices near the Lagrangian bound (meet in the middle, CP-SAT)"
 RESOLUTION = PROVEN / 10  # relative: improvements smaller than this are not looked for
 TARGETS = (1e3, 2e4, 2e5, 1e6)  # partial picks per half, stage by stage
 OVERSHOOT = 3  # the count is an estimate from below
-NEIGHBOURHOODS = 20
+SLICED = 1e5  # from this target on CP-SAT tries first
+QUICK, WIDER = 0.1, 0.4
+EFFORT = 0.3  # its deterministic time, about seconds
 TIGHTENINGS = 4
 SEARCHES = 5
 
@@ -35,8 +36,9 @@ class ExactKnapsack:
 
     In stages of growing reach, the cut lies between the proven bound and the best pick's damage. Choices whose
     reduced damage passes the cut are closed, which raises the bound on the rest and closes more;
-    two halves of the sites are then enumerated and matched by what they spend. A stage finds the optimum
-    or moves the proven bound up to its cut. What outgrows the last stage goes to CP-SAT.
+    two halves of the sites are then enumerated and matched by what they spend; in late stages CP-SAT tries
+    first, for a fixed effort. A stage finds the optimum or moves the proven bound up to its cut. What outgrows
+    the last stage goes to CP-SAT.
     """
 
     name: str = "exact"
@@ -158,6 +160,12 @@ def close_gap(core: Core, dual: Dual, pick: np.ndarray, *, seed: int = 0, deadli
             bound = max(bound, min(cut, local.value))
             if cut <= bound:
                 break
+            if target >= SLICED:
+                pick, proven = _slice(core, rest, pick, upper, EFFORT, seed, deadline)
+                upper = core.objective(pick)
+                bound = max(bound, min(cut, proven, upper))
+                if bound >= min(cut, upper - PROVEN / 2 * abs(upper)):
+                    break
             found = _stage(rest, local, cut, int(OVERSHOOT * target), deadline)
             if found is None:
                 break
@@ -172,11 +180,28 @@ def close_gap(core: Core, dual: Dual, pick: np.ndarray, *, seed: int = 0, deadli
         if closed() or deadline.passed():
             break
         if target == TARGETS[1]:
-            # What resists so far has a wide gap: a better pick narrows the stages to come.
-            pick = search_neighbourhoods(core, dual, pick, rounds=NEIGHBOURHOODS, seed=seed, deadline=deadline)
-            upper = core.objective(pick)
+            # What resists so far has a wide gap: choices well beyond the next stage hold a better pick.
+            part = tightened(core, dual, bound + WIDER * (upper - bound), deadline)
+            if part is not None:
+                pick, _ = _slice(core, part[0], pick, upper, QUICK, seed, deadline)
+                upper = core.objective(pick)
     bound = min(bound, upper)
     return Closing(pick, bound, closed(), stages, {"pairs": pairs, "partial_picks": largest})
+
+
+def _slice(
+    core: Core, rest: Core, pick: np.ndarray, upper: float, effort: float, seed: int, deadline: Deadline
+) -> tuple[np.ndarray, float]:
+    """Give CP-SAT a short try at a tightened core; return the better pick and the bound on picks within the core."""
+    from topoprune_solvers.knapsack.cp_sat import cp_sat_pick
+
+    try:
+        outcome = cp_sat_pick(rest, whole=core, upper=upper, effort=effort, deadline=deadline, seed=seed)
+    except Infeasible:
+        return pick, math.inf  # of the core alone: everything feasible lies above the cut
+    if outcome.pick is not None and core.objective(outcome.pick) < upper:
+        pick = outcome.pick
+    return pick, outcome.bound
 
 
 def _reachable(

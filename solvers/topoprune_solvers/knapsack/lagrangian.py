@@ -21,13 +21,13 @@ __all__ = ["LagrangianKnapsack"]
 
 @dataclass(frozen=True)
 class LagrangianKnapsack:
-    """Price the budgets, repair the sites' own best choices, exchange one, two, then a dozen sites' choices at once.
+    """Price the budgets, repair the sites' own best choices, exchange one, two, then many sites' choices at once.
 
     Args:
-        rounds: neighbourhoods of about a dozen sites that are solved exactly, one after another.
+        rounds: neighbourhoods that are solved exactly, one after another.
     """
 
-    rounds: int = 20
+    rounds: int = 6
     name: str = "lagrangian"
     capabilities: ClassVar[Capabilities] = Capabilities(
         problem=MultipleChoiceKnapsack,

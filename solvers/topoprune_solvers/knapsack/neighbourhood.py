@@ -11,8 +11,8 @@ from topoprune_solvers.result import NEVER, Deadline
 
 __all__ = ["search_neighbourhoods"]
 
-FREE_SITES = 12
-PARTIAL_PICKS = 4000  # per half
+PARTIAL_PICKS = 30000  # per half
+REACHES = (0.12, 0.25, 0.5, 1.0)  # of the gap that is left
 
 
 def search_neighbourhoods(
@@ -20,37 +20,58 @@ def search_neighbourhoods(
 ) -> np.ndarray:
     """Return a pick at least as good as the given feasible one.
 
-    Each round draws sites, frees as many of them as keep the enumeration small, and replaces their
-    choices by the best that fit together.
+    Each round draws sites, frees as many of them as keep the enumeration small, fixes the others at their best
+    priced choice (every fifth round: at the current one) and takes the best choices that fit together.
 
     Args:
         dual: prices and bound of the core. rounds: neighbourhoods tried. seed: of the draws.
     """
     rng = np.random.default_rng(seed)
     rise = reduced_damage(core, dual.price)
+    priced = core.site_argmin(rise)
+    runner_up = _second_lowest(core, rise)
     upper = core.objective(pick)
-    free = min(FREE_SITES, core.sites)
-    for _ in range(rounds):
+    for number in range(rounds):
         reach = upper - dual.value
         if deadline.passed() or not reach > 1e-12 * abs(upper):
             break
-        order = rng.permutation(core.sites)
-        while free > 1:
-            freed = np.zeros(core.sites, dtype=bool)
-            freed[order[:free]] = True
-            open_choice = freed[core.site] & (rise < reach)
-            open_choice[pick] = True
-            part = core.only(open_choice)
-            if count_partial_picks(part, rise[open_choice], reach) <= PARTIAL_PICKS:
-                break
-            free = max(1, free * 3 // 4)
-        if free < 2:
-            break
-        better = _best_in(core, part, rise[open_choice], dual.price, reach, deadline)
+        # A shorter reach leaves room for more sites, a longer one for dearer choices at fewer.
+        reach *= REACHES[number % len(REACHES)]
+        # Sites whose second choice costs little more are drawn first, mostly.
+        order = np.argsort(runner_up * rng.exponential(size=core.sites), kind="stable")
+        base = pick if number % 5 == 4 else priced
+        part = _freed(core, rise, base, order, reach)
+        better = _best_in(core, part, rise[np.searchsorted(core.choice, part.choice)], dual.price, reach, deadline)
         if better is not None and core.feasible(better) and core.objective(better) < upper:
             pick, upper = better, core.objective(better)
-            free = min(free + 2, core.sites)
     return pick
+
+
+def _second_lowest(core: Core, rise: np.ndarray) -> np.ndarray:
+    others = rise.copy()
+    others[core.site_argmin(rise)] = np.inf
+    second = core.site_min(others)
+    least = second[second > 0].min(initial=np.inf)
+    return np.maximum(second, least if np.isfinite(least) else 1.0)
+
+
+def _freed(core: Core, rise: np.ndarray, base: np.ndarray, order: np.ndarray, reach: float) -> Core:
+    """Free the first sites of an order, as many as keep each half below `PARTIAL_PICKS`; fix the others at `base`."""
+    low, high = 1, core.sites
+    best: Core | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        freed = np.zeros(core.sites, dtype=bool)
+        freed[order[:middle]] = True
+        open_choice = freed[core.site] & (rise < reach)
+        open_choice[base] = True
+        part = core.only(open_choice)
+        if best is None or count_partial_picks(part, rise[open_choice], reach) <= PARTIAL_PICKS:
+            best, low = part, middle + 1
+        else:
+            high = middle - 1
+    assert best is not None
+    return best
 
 
 def _best_in(

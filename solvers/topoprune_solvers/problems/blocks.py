@@ -50,7 +50,9 @@ class BlockMask:
         score = np.asarray(self.score, dtype=np.float64)
         if score.ndim != 2:
             raise ValueError(f"score must be (n_rows, n_cols), found shape {score.shape}")
-        if not np.isfinite(score.sum()):
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = score.sum()
+        if not np.isfinite(total):
             raise ValueError("score must be finite, its sum included")
         if score.size and score.min() < 0:
             raise ValueError(f"score must be >= 0, found {score.min():g}")

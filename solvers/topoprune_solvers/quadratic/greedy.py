@@ -95,7 +95,8 @@ def _per_cost(problem: QuadraticSubset, score: np.ndarray) -> np.ndarray:
     # Pruning a free unit helps no budget.
     assert problem.cost is not None
     rating = np.full(problem.n, np.inf)
-    return np.divide(score, problem.cost, out=rating, where=problem.cost > 0)
+    with np.errstate(over="ignore"):  # a tiny cost: the unit comes last, as it should
+        return np.divide(score, problem.cost, out=rating, where=problem.cost > 0)
 
 
 def _finish(search: Search, rating: np.ndarray, missing: int) -> None:
@@ -124,8 +125,12 @@ def grow(problem: QuadraticSubset, deadline: Deadline = NEVER) -> Search:
         if problem.k is None:
             assert problem.cost is not None
             useful = (score < 0) & (problem.cost <= search.room)
-            # The least positive float in the place of 0: free units come first.
-            rating = np.where(useful, score / np.maximum(problem.cost, np.finfo(float).tiny), np.inf)
+            # Free units come first, by their gain.
+            free = problem.cost == 0
+            with np.errstate(over="ignore"):  # a tiny cost: the unit comes first, as it should
+                rating = np.where(useful, score / np.where(free, 1.0, problem.cost), np.inf)
+            if (useful & free).any():
+                rating = np.where(useful & free, score, np.inf)
             if not useful.any() or deadline.passed():
                 break
         unit = int(rating.argmin())

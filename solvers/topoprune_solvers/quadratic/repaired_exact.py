@@ -28,9 +28,10 @@ SOURCE = "branch and bound (monotone damage)"
 
 @dataclass(frozen=True)
 class ExactRepaired:
-    """Prune or keep the unit that is cheapest to prune next; cut with what the remaining prunings cost at least.
+    """Prune or keep the unit that is dearest to prune next; cut with what the remaining prunings cost at least.
 
-    Pruning r more units costs at least the r-th smallest of their present costs, as the damage grows with the set,
+    The branch that prunes it has most descendants and the highest cost, so most of the tree falls at once. Pruning r
+    more units costs at least the r-th smallest of their present costs, as the damage grows with the set,
     and at least the sum of the r smallest ones divided by the largest eigenvalue of the block-normalised inverse.
     """
 
@@ -123,6 +124,13 @@ def _search(
                 value = damage
                 best = np.isin(np.arange(problem.n), [*node.pruned, int(node.units[at[0]])])
             continue
+        if left == 2 and score.size == node.inverse.shape[0]:
+            damage, pair = _best_pair(node, score)
+            settled = min(settled, damage)
+            if damage < value:
+                value = damage
+                best = np.isin(np.arange(problem.n), [*node.pruned, *node.units[list(pair)].tolist()])
+            continue
         least = max(
             float(score[order[left - 1]]),
             float(score[order[:left]].sum()) / spread(node.inverse, starts),
@@ -131,7 +139,7 @@ def _search(
         if bound >= cutoff:
             settled = min(settled, bound)
             continue
-        at = int(order[0])
+        at = int(order[-1])
         stay = np.ones(node.inverse.shape[0], dtype=bool)
         stay[int(starts[at]) : int(starts[at + 1])] = False
         stack.append(
@@ -173,6 +181,21 @@ def _prune(problem: RepairedSubset, node: _Node, at: int) -> _Node:
         node.inverse[np.ix_(stay, stay)] - scaled.T @ scaled,
         node.weight[stay] - scaled.T @ change,
     )
+
+
+def _best_pair(node: _Node, score: np.ndarray) -> tuple[float, tuple[int, int]]:
+    """Return the least damage of pruning two more units of width 1, and their positions. O(c^2 o)."""
+    own = node.inverse.diagonal()
+    share = node.inverse / own[:, None]  # share[u, v]: what v takes over when u goes
+    energy = node.weight @ node.weight.T
+    norm = energy.diagonal()
+    second = norm - 2 * share * energy + share**2 * norm[:, None]
+    left = own - share * node.inverse
+    pairs = np.full(left.shape, np.inf)
+    np.divide(second, left, out=pairs, where=np.triu(np.ones(left.shape, dtype=bool), 1))
+    pairs += score[:, None]
+    row, col = divmod(int(pairs.argmin()), own.size)
+    return node.damage + float(pairs[row, col]), (row, col)
 
 
 def _all_damage(node: _Node) -> float:

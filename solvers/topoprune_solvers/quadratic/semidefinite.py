@@ -62,7 +62,7 @@ def semidefinite_form(
     lifted = _lift(np.full(f, share))
     lifted = _into_polytope(lifted, part, zero, one)
     multiplier = np.zeros_like(objective)
-    penalty = float(np.linalg.norm(objective)) / max(share * f, 1.0)
+    penalty = max(float(np.linalg.norm(objective)), 1e-3) / max(share * f, 1.0)
     best, best_form, stalled, mark = -np.inf, None, 0, -np.inf
     for turn in range(1, iterations + 1):
         if deadline.passed():
@@ -78,9 +78,9 @@ def semidefinite_form(
                 best, best_form = value, form
             if visit is not None and visit(best, lifted[0, 1:]):
                 break
-            stalled = stalled + 1 if best <= mark + 1e-5 * abs(mark) else 0
-            mark = max(mark, best)
-            if stalled >= 8:
+            stalled = stalled + 1 if best <= mark + 1e-4 * abs(mark) else 0
+            mark = best if stalled == 0 else mark
+            if stalled >= 6:
                 break
             primal = float(np.linalg.norm(apart)) / max(float(np.linalg.norm(lifted)), 1e-300)
             dual = penalty * float(np.linalg.norm(lifted - before)) / max(float(np.linalg.norm(multiplier)), 1e-300)
