@@ -90,7 +90,7 @@ def test_every_source_of_bounds_is_below_the_optimum(problem: QuadraticSubset) -
     for each in [*forms, form]:
         # A tangent anywhere is a bound, at the vertices and far from the minimum too.
         for x in (zero, one, np.full((1, part.f), 0.3)):
-            for steps in (0, 3, 40):
+            for steps in (0, 20):
                 bound, _, _ = tangent_bounds(each, part, zero, one, x, steps=steps, lipschitz=2 * scale_of(problem))
                 assert bound[0] <= optimum + slack, each.source
 
@@ -107,7 +107,7 @@ def test_a_convex_form_is_the_objective_on_feasible_sets(problem: QuadraticSubse
     keep = solve(problem, "random", seed=data.draw(st.integers(0, 99))).keep
     x = (~keep)[part.units].astype(float)
     value = x @ form.quadratic @ x + form.linear @ x + x @ form.coupling @ x + form.constant
-    assert value == pytest.approx(problem.objective(keep), rel=1e-7, abs=1e-9 * scale_of(problem))
+    assert value == pytest.approx(problem.objective(keep), rel=1e-7, abs=1e-20 + 1e-9 * scale_of(problem))
     eigenvalues = np.linalg.eigvalsh(form.quadratic)
     assert eigenvalues[0] >= -1e-12 * max(1.0, eigenvalues[-1], scale_of(problem))
 
@@ -218,9 +218,7 @@ def test_degenerate_sizes(name: str) -> None:
 def test_the_same_call_gives_the_same_mask(name: str, knapsack: bool) -> None:
     rng = np.random.default_rng(0)
     gram = random_gram(rng, 12, 8)
-    problem = (
-        QuadraticSubset(gram, cost=rng.random(12), budget=3.0) if knapsack else QuadraticSubset(gram, k=6)
-    )
+    problem = QuadraticSubset(gram, cost=rng.random(12), budget=3.0) if knapsack else QuadraticSubset(gram, k=6)
     first, second = (solve(problem, name, seed=3) for _ in range(2))
     assert np.array_equal(first.keep, second.keep) and first.bound == second.bound
 

@@ -21,6 +21,7 @@ from topoprune_solvers.domination.covering import SetCover
 from topoprune_solvers.domination.cp_sat import cp_sat_task
 from topoprune_solvers.domination.few_picks import few_picks_applies, few_picks_task
 from topoprune_solvers.domination.greedy import greedy_choice
+from topoprune_solvers.domination.lagrangian import cover_bound
 from topoprune_solvers.domination.linear_relaxation import relaxation_task
 from topoprune_solvers.domination.local_search import RowWeighting, local_search
 from topoprune_solvers.domination.max_sat import max_sat_task
@@ -154,6 +155,9 @@ def _close_large(tally: Tally, deadline: Deadline, seed: int) -> None:
     small = instance.row.size <= LOCAL_ENTRIES
     if small:
         run_cover(tally, relaxation_task(instance), deadline=deadline, apart=False)
+    else:
+        dual = cover_bound(instance, tally.value, deadline=_share(deadline, 0.1, math.inf))
+        tally.raise_bound(dual.value, dual.source)
     if tally.settled or deadline.passed():
         return
     race_covers(tally, _schedule(tally, deadline, seed, relaxed=small), deadline=deadline)

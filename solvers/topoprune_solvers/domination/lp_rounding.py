@@ -56,7 +56,7 @@ class LpRoundingDominatingSet:
         cover = cover_of(problem)
         keep = best_greedy_cover(cover, check_start(problem, warm_start))
         objective = problem.objective(keep)
-        bound: Bound | None = cover_bound(cover, objective, effort=EFFORT)
+        bound: Bound | None = cover_bound(cover, objective, effort=EFFORT, deadline=deadline)
         assert bound is not None
         if bound.value >= objective or deadline.passed():
             return unit_solution(problem, keep, self.name, bound=bound, timed_out=deadline.passed())
@@ -65,7 +65,7 @@ class LpRoundingDominatingSet:
         for_lp = Deadline.after(deadline.remaining() * _SHARE if math.isfinite(deadline.at) else None)
         relaxation = linear_relaxation(reduced.core, for_lp)
         if relaxation is None:
-            bound = best_bound("min", [bound, cover_bound(cover, objective, effort=10 * EFFORT)])
+            bound = best_bound("min", [bound, cover_bound(cover, objective, effort=10 * EFFORT, deadline=deadline)])
             return unit_solution(problem, keep, self.name, bound=bound, timed_out=deadline.passed(), stats={"lp": 0})
         lowest = Bound(part.fixed + reduced.fixed + relaxation.bound, SOURCE)
         bound = best_bound("min", [bound, lowest])

@@ -57,7 +57,7 @@ class SetCoverDominatingSet:
         deadline = Deadline.after(time_limit)
         cover = cover_of(problem)
         keep = best_greedy_cover(cover, check_start(problem, warm_start))
-        bound = cover_bound(cover, problem.objective(keep))
+        bound = cover_bound(cover, problem.objective(keep), deadline=deadline)
         part = open_part(cover)
         if part.elements.size and bound.value < problem.objective(keep) and not deadline.passed():
             for chosen in _search(part, keep[part.units], deadline, self.rounds):

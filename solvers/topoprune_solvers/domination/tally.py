@@ -21,10 +21,9 @@ from topoprune_solvers.domination.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.native import Channel, NativeOutcome, NativeTask, race
 from topoprune_solvers.problems import DominatingSet
 from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
-from topoprune_solvers.scaling import is_integral
 from topoprune_solvers.solution import Bound, Solution, Status, best_bound
 
-__all__ = ["LOCAL_ENTRIES", "Tally", "race_covers", "rounded_up", "run_cover", "solve_natively"]
+__all__ = ["LOCAL_ENTRIES", "Tally", "race_covers", "run_cover", "solve_natively"]
 
 LOCAL_ENTRIES = 10_000  # nonzeros up to which a native solver runs in this process
 PROVEN = 1e-9  # relative distance of incumbent and bound at which float costs count as proven
@@ -192,7 +191,7 @@ def solve_natively(
     cover = cover_of(problem)
     keep = best_greedy_cover(cover, check_start(problem, warm_start))
     objective = problem.objective(keep)
-    bound = cover_bound(cover, objective, effort=10 * EFFORT)
+    bound = cover_bound(cover, objective, effort=10 * EFFORT, deadline=deadline)
     if bound.value >= objective or deadline.passed():
         return unit_solution(problem, keep, solver, bound=bound, timed_out=deadline.passed())
     # Dearer candidates are in no better cover, and huge costs stay out of solvers with limited precision.
@@ -216,8 +215,3 @@ def solve_natively(
     if tally.failures and solution.status is not Status.OPTIMAL:
         return replace(solution, status=Status.FAILED, stats={**tally.stats, "failures": list(tally.failures)})
     return solution
-
-
-def rounded_up(value: float, instance: SetCover) -> float:
-    """Return a lower bound rounded up to the next integer if all costs are integral; rounding errors round down."""
-    return float(math.ceil(value - 1e-9 * max(1.0, abs(value)))) if is_integral(instance.cost) else value

@@ -1,9 +1,9 @@
 """Site by site over all partial picks that a bound does not exclude: exact, or a beam that knows what it dropped.
 
 A partial pick is excluded when, for one of several price vectors, its Lagrangian bound reaches a known
-objective, when the cheapest remaining choices break a budget, or when another partial pick costs no more in
-any resource and damages less. Where more than `width` survive, those with the best bounds stay; the
-least bound among the dropped ones is then the proven bound.
+objective, when the cheapest remaining choices break a budget, or when another partial pick costs no more and
+damages no more (several resources: costs the same and damages no more). Where more than `width` survive,
+those with the best bounds stay; the least bound among the dropped ones is then the proven bound.
 
 References:
     Nemhauser, Ullmann (1969), Discrete dynamic programming and capital allocation, Management Science.

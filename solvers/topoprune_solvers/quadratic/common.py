@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from topoprune_solvers.problems import QuadraticSubset
-from topoprune_solvers.result import check_start, stopped_status
+from topoprune_solvers.result import Deadline, check_start, stopped_status
 from topoprune_solvers.solution import Bound, Solution, Status, best_bound
 
-__all__ = ["Search", "feasible_start", "resolution", "subset_solution"]
+__all__ = ["Search", "affordable", "feasible_start", "resolution", "subset_solution"]
 
 PROVEN = 1e-9  # relative distance of objective and bound that counts as equal
+SPEED = 1e10  # floating-point operations a second that a factorisation is taken to run at
 
 
 @dataclass(eq=False)
@@ -71,6 +72,11 @@ def resolution(problem: QuadraticSubset, pruned: np.ndarray) -> float:
     """Return how far rounding can move the damage of a pruned set: eps times a bound on the sum of its entries."""
     root = np.sqrt(np.maximum(problem.gram.diagonal()[pruned], 0.0)).sum()
     return 1e-14 * float(root) ** 2
+
+
+def affordable(deadline: Deadline, operations: float) -> bool:
+    """Return True if a factorisation, which cannot be interrupted, should end before the deadline."""
+    return deadline.remaining() > operations / SPEED
 
 
 def feasible_start(problem: Any, warm_start: Any) -> np.ndarray | None:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from topoprune_solvers.quadratic.budgets import OpenPart
+from topoprune_solvers.quadratic.common import affordable
 from topoprune_solvers.result import NEVER, Deadline
 
-__all__ = ["ConvexForm", "diagonal_forms", "row_bound", "tangent_bounds"]
+__all__ = ["ConvexForm", "diagonal_forms", "largest_eigenvalue", "row_bound", "tangent_bounds"]
 
 FACTORED_UNITS = 4096  # a Cholesky factorisation takes about a second
 _HALVINGS = 8
@@ -86,7 +87,8 @@ def tangent_bounds(
         least = part.least(slope, low, high)
         energy = (point * curved).sum(axis=1)
         # value(y) - slope . y = constant - y^T A y; rounding of the sums is taken off.
-        value = constant - energy + least - 1e-13 * (np.abs(constant) + np.abs(energy) + np.abs(least))
+        size = np.abs(constant) + np.abs(energy) + np.where(np.isfinite(least), np.abs(least), 0.0)
+        value = constant - energy + least - 1e-13 * size
         better = value > best
         best = np.where(better, value, best)
         best_slope[better] = slope[better]
@@ -101,7 +103,7 @@ def tangent_bounds(
     return best, x, best_slope
 
 
-def largest_eigenvalue(matrix: np.ndarray, rounds: int = 20) -> float:
+def largest_eigenvalue(matrix: np.ndarray, deadline: Deadline = NEVER, rounds: int = 20) -> float:
     """Return about the largest eigenvalue of a symmetric matrix, by power iteration: for step lengths only."""
     if not matrix.size:
         return 0.0
@@ -111,6 +113,8 @@ def largest_eigenvalue(matrix: np.ndarray, rounds: int = 20) -> float:
         vector = vector / max(float(np.linalg.norm(vector)), 1e-300)
         vector = matrix @ vector
         value = float(np.linalg.norm(vector))
+        if deadline.passed():
+            break
     return 1.1 * value
 
 
@@ -157,7 +161,7 @@ def diagonal_forms(part: OpenPart, deadline: Deadline = NEVER) -> list[ConvexFor
         return forms
     diagonal = np.maximum(quadratic.diagonal(), 0.0)
     for shape, name in ((np.ones(f), "identity"), (diagonal, "diagonal"), (None, "inverse diagonal")):
-        if deadline.passed():
+        if not affordable(deadline, 2.0 * f**3):
             break
         if shape is None:
             system = quadratic.copy()
@@ -190,7 +194,7 @@ def _largest_multiple(matrix: np.ndarray, shape: np.ndarray, top: float, toleran
     """Return about the largest s with ``matrix - s diag(shape) + tolerance I`` positive semidefinite, from below."""
     below, above = 0.0, top
     for _ in range(_HALVINGS):
-        if deadline.passed():
+        if not affordable(deadline, matrix.shape[0] ** 3 / 3):
             break
         trial = (below + above) / 2
         system = matrix.copy()

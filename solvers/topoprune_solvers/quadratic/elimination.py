@@ -14,7 +14,7 @@ import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.problems import RepairedSubset
-from topoprune_solvers.quadratic.common import feasible_start, subset_solution
+from topoprune_solvers.quadratic.common import affordable, feasible_start, subset_solution
 from topoprune_solvers.quadratic.exchange import EXCHANGE_COLUMNS, EXCHANGE_UNITS, exchange
 from topoprune_solvers.quadratic.moments import block_scores, inverse_moment, reduced_weight
 from topoprune_solvers.result import NEVER, Deadline
@@ -24,7 +24,6 @@ __all__ = ["BlockElimination", "eliminate_repaired"]
 
 SINGLE_COLUMNS = 1024  # up to here neurons are eliminated one at a time
 CANDIDATES = 4  # units compared in a batch, per unit eliminated
-_SPEED = 2e10  # floating-point operations a second, assumed when a time limit is short
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,8 @@ def eliminate_repaired(problem: RepairedSubset, deadline: Deadline = NEVER, batc
     pruned = problem.forbidden.copy()
     if missing == 0:
         return pruned
-    if deadline.remaining() < d**3 / _SPEED or d == 0:
-        alone = np.add.reduceat(
-            np.square(problem.weight).sum(axis=0) * problem.moment.diagonal(), problem.offsets[:-1]
-        )
+    if d == 0 or not affordable(deadline, 1.5 * d**3):
+        alone = np.add.reduceat(np.square(problem.weight).sum(axis=0) * problem.moment.diagonal(), problem.offsets[:-1])
         return _cheapest(pruned, np.where(problem.forced, np.inf, alone), missing)
     if problem.width.max(initial=1) == 1:
         if batch is None:

@@ -19,9 +19,7 @@ ENUMERATED_UNITS = 24
 _PAIRS = 1 << 20  # pairs held at once: 8 MiB
 
 
-def enumerate_subsets(
-    problem: QuadraticSubset, deadline: Deadline = NEVER
-) -> tuple[np.ndarray | None, bool, int]:
+def enumerate_subsets(problem: QuadraticSubset, deadline: Deadline = NEVER) -> tuple[np.ndarray | None, bool, int]:
     """Return the best pruned set, whether all were tried, and how many.
 
     Args:

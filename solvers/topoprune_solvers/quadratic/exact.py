@@ -15,7 +15,7 @@ from topoprune_solvers.quadratic.common import PROVEN, Search, resolution, subse
 from topoprune_solvers.quadratic.convex import ConvexForm, largest_eigenvalue, tangent_bounds
 from topoprune_solvers.quadratic.enumeration import ENUMERATED_UNITS, enumerate_subsets
 from topoprune_solvers.quadratic.greedy import improve, starts
-from topoprune_solvers.quadratic.local_search import iterate
+from topoprune_solvers.quadratic.local_search import SHARE, iterate, patience_of
 from topoprune_solvers.quadratic.relaxation import relax
 from topoprune_solvers.result import Deadline
 from topoprune_solvers.solution import Bound, Solution, best_bound
@@ -64,7 +64,7 @@ class ExactSubset:
                 )
         searches = [improve(search, deadline) for search in starts(problem, warm_start, deadline)]
         best = min(searches, key=lambda search: search.value)
-        best, _ = iterate(best, deadline, 20, 0.1, np.random.default_rng(seed))
+        best, _ = iterate(best, deadline, patience_of(problem.n), SHARE, np.random.default_rng(seed))
         root = Deadline.after(None if time_limit is None else self.root_limit * deadline.remaining())
         best, bounds, part, form = relax(best, root)
         top = best_bound("min", bounds)

@@ -198,7 +198,7 @@ def improve(search: Search, deadline: Deadline = NEVER, passes: float = float("i
 def _move_single(search: Search, diagonal: np.ndarray, least: float) -> bool:
     """Prune or return the one unit that lowers the damage most within the budget; False if there is none."""
     problem = search.problem
-    assert problem.cost is not None
+    assert problem.cost is not None and problem.forced is not None and problem.forbidden is not None
     change = diagonal + np.where(search.pruned, -2, 2) * search.pull
     barred = np.where(search.pruned, problem.forbidden | (problem.cost > search.room), problem.forced)
     change[barred] = np.inf

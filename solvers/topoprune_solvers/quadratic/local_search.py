@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,9 @@ from topoprune_solvers.quadratic.greedy import improve, starts
 from topoprune_solvers.result import Deadline
 from topoprune_solvers.solution import Solution
 
-__all__ = ["IteratedExchange", "iterate"]
+__all__ = ["SHARE", "IteratedExchange", "iterate", "patience_of"]
+
+SMALLEST_SHARE, SHARE = 0.03, 0.4
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,13 @@ class IteratedExchange:
     Args:
         patience: restarts in a row without a better set before the search ends; None: 100 up to some 450 units,
             fewer on larger problems, at least 3.
-        share: part of the pruned units exchanged at random in a restart (at least two).
+        share: largest part of the pruned units exchanged at random in a restart; the part is drawn between 3 % and
+            this, at least two units.
     """
 
     name: str = "local-search"
     patience: int | None = None
-    share: float = 0.1
+    share: float = SHARE
     capabilities: ClassVar[Capabilities] = Capabilities(
         problem=QuadraticSubset,
         exact=False,
@@ -46,9 +50,7 @@ class IteratedExchange:
         deadline = Deadline.after(time_limit)
         searches = [improve(search, deadline) for search in starts(problem, warm_start, deadline)]
         best = min(searches, key=lambda search: search.value)
-        patience = self.patience
-        if patience is None:
-            patience = int(np.clip(20_000_000 // max(problem.n, 1) ** 2, 3, 100))
+        patience = patience_of(problem.n) if self.patience is None else self.patience
         best, restarts = iterate(best, deadline, patience, self.share, np.random.default_rng(seed))
         return subset_solution(
             problem,
@@ -58,6 +60,11 @@ class IteratedExchange:
             rounding=resolution(problem, best.pruned),
             stats={"restarts": restarts},
         )
+
+
+def patience_of(n: int) -> int:
+    """Return how many restarts without gain are affordable: 100 up to some 450 units, fewer above, at least 3."""
+    return int(np.clip(20_000_000 // max(n, 1) ** 2, 3, 100))
 
 
 def iterate(
@@ -75,7 +82,9 @@ def iterate(
     value = best.value
     while idle < patience and not deadline.passed():
         pruned, kept = np.flatnonzero(best.pruned & open_units), np.flatnonzero(~best.pruned & open_units)
-        count = min(max(2, int(share * pruned.size)), pruned.size, kept.size)
+        # Small steps find sets near by, large ones leave the valley: sizes on a logarithmic scale.
+        size = math.exp(rng.uniform(math.log(SMALLEST_SHARE), math.log(share)))
+        count = min(max(2, round(size * pruned.size)), pruned.size, kept.size)
         if count == 0:
             break
         search = Search(problem, best.pruned.copy(), best.pull.copy(), best.spent)

@@ -41,7 +41,7 @@ def reduced_weight(problem: RepairedSubset) -> np.ndarray:
     weight = problem.weight
     if weight.shape[0] <= weight.shape[1]:
         return weight
-    return np.linalg.qr(weight, mode="r")
+    return np.asarray(np.linalg.qr(weight, mode="r"))
 
 
 def block_scores(inverse: np.ndarray, weight: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.problems import QuadraticSubset
 from topoprune_solvers.quadratic.budgets import OpenPart
-from topoprune_solvers.quadratic.common import PROVEN, Search, resolution, subset_solution
+from topoprune_solvers.quadratic.common import PROVEN, Search, affordable, resolution, subset_solution
 from topoprune_solvers.quadratic.convex import (
     ConvexForm,
     diagonal_forms,
@@ -19,7 +19,7 @@ from topoprune_solvers.quadratic.convex import (
     tangent_bounds,
 )
 from topoprune_solvers.quadratic.greedy import improve, starts
-from topoprune_solvers.quadratic.local_search import iterate
+from topoprune_solvers.quadratic.local_search import SHARE, iterate, patience_of
 from topoprune_solvers.quadratic.semidefinite import SEMIDEFINITE_UNITS, SOURCE, semidefinite_form
 from topoprune_solvers.result import NEVER, Deadline
 from topoprune_solvers.solution import Bound, Solution, best_bound
@@ -56,7 +56,7 @@ class CertifiedRelaxation:
         searches = [improve(search, first) for search in starts(problem, warm_start, first)]
         best = min(searches, key=lambda search: search.value)
         if problem.n <= SEMIDEFINITE_UNITS:
-            best, _ = iterate(best, first, 20, 0.1, np.random.default_rng(seed))
+            best, _ = iterate(best, first, patience_of(problem.n), SHARE, np.random.default_rng(seed))
         best, bounds, _, _ = relax(best, deadline)
         return subset_solution(
             problem,
@@ -97,7 +97,7 @@ def relax(best: Search, deadline: Deadline = NEVER) -> tuple[Search, list[Bound]
             one,
             at_best,
             steps=STEPS,
-            lipschitz=2 * largest_eigenvalue(form.quadratic),
+            lipschitz=2 * largest_eigenvalue(form.quadratic, deadline),
             cutoff=found[0].value,
             deadline=deadline,
         )
@@ -112,7 +112,7 @@ def relax(best: Search, deadline: Deadline = NEVER) -> tuple[Search, list[Bound]
         return close(bound)
 
     chosen, chosen_value = empty, -np.inf
-    if f <= SEMIDEFINITE_UNITS:
+    if f <= SEMIDEFINITE_UNITS and affordable(deadline, 30.0 * f**3):
         value, form = semidefinite_form(part, deadline, visit=visit)
         if form is not None:
             bounds.append(Bound(value, SOURCE))

@@ -20,7 +20,7 @@ import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.problems import RepairedSubset
-from topoprune_solvers.quadratic.common import PROVEN, feasible_start, subset_solution
+from topoprune_solvers.quadratic.common import PROVEN, affordable, feasible_start, subset_solution
 from topoprune_solvers.quadratic.elimination import eliminate_repaired
 from topoprune_solvers.quadratic.exchange import EXCHANGE_COLUMNS, EXCHANGE_UNITS, exchange
 from topoprune_solvers.quadratic.moments import block_scores, inverse_moment, reduced_weight
@@ -77,13 +77,11 @@ def repaired_bounds(problem: RepairedSubset, deadline: Deadline = NEVER) -> list
     bounds = [Bound(0.0, "damage is never negative")]
     if problem.moment.shape[0] > BOUND_COLUMNS or problem.k == problem.n or not problem.n:
         return bounds
-    for source, bound in (
-        ("spectral tail", spectral_bound),
-        ("single damages", single_bound),
-    ):
-        if not deadline.passed():
+    work = float(problem.moment.shape[0]) ** 3
+    for source, bound in (("spectral tail", spectral_bound), ("single damages", single_bound)):
+        if affordable(deadline, 5 * work):
             bounds.append(Bound(bound(problem), source))
-    if not deadline.passed():
+    if affordable(deadline, 6 * work):
         bounds.append(Bound(perspective_bound(problem, deadline), "perspective relaxation"))
     return bounds
 
@@ -195,7 +193,7 @@ def perspective_bound(problem: RepairedSubset, deadline: Deadline = NEVER, steps
             break
         best = max(best, bound)
         z = _shares(problem, np.sqrt(energy))
-        if deadline.passed():
+        if not affordable(deadline, 3.0 * size**3):
             break
     return best
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.problems import RepairedSubset
-from topoprune_solvers.quadratic.common import PROVEN, feasible_start, subset_solution
+from topoprune_solvers.quadratic.common import PROVEN, affordable, feasible_start, subset_solution
 from topoprune_solvers.quadratic.elimination import eliminate_repaired
 from topoprune_solvers.quadratic.exchange import EXCHANGE_COLUMNS, exchange
 from topoprune_solvers.quadratic.moments import block_scores, inverse_moment, reduced_weight
-from topoprune_solvers.quadratic.repaired_bounds import spread
+from topoprune_solvers.quadratic.repaired_bounds import repaired_bounds, spread
 from topoprune_solvers.result import Deadline
 from topoprune_solvers.solution import Bound, Solution
 
@@ -58,14 +58,16 @@ class ExactRepaired:
             found += [exchange(problem, pruned, deadline) for pruned in found]
         values = [problem.objective(~pruned) for pruned in found]
         best, value = found[int(np.argmin(values))], min(values)
-        bound, nodes = 0.0, 0
-        if not deadline.passed():
+        bounds, nodes = repaired_bounds(problem, deadline), 0
+        top = max(bound.value for bound in bounds)
+        if top < value * (1 - PROVEN) and affordable(deadline, 2.0 * problem.moment.shape[0] ** 3):
             best, value, bound, nodes = _search(problem, best, value, deadline)
+            bounds.append(Bound(bound, SOURCE))
         return subset_solution(
             problem,
             ~best,
             self.name,
-            bounds=[Bound(bound, SOURCE)],
+            bounds=bounds,
             timed_out=deadline.passed(),
             # Damages of updates and of a fresh factorisation differ by rounding.
             rounding=2 * PROVEN * value,
@@ -117,12 +119,11 @@ def _search(
         score = block_scores(node.inverse, node.weight, starts)
         order = np.argsort(score, kind="stable")
         if left == 1:
-            at = order[:1]
-            damage = node.damage + float(score[at[0]])
+            damage = node.damage + float(score[order[0]])
             settled = min(settled, damage)
             if damage < value:
                 value = damage
-                best = np.isin(np.arange(problem.n), [*node.pruned, int(node.units[at[0]])])
+                best = np.isin(np.arange(problem.n), [*node.pruned, int(node.units[order[0]])])
             continue
         if left == 2 and score.size == node.inverse.shape[0]:
             damage, pair = _best_pair(node, score)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from topoprune_solvers.quadratic.budgets import OpenPart
+from topoprune_solvers.quadratic.common import affordable
 from topoprune_solvers.quadratic.convex import ConvexForm
 from topoprune_solvers.result import NEVER, Deadline
 
@@ -47,7 +48,7 @@ def semidefinite_form(
     Complexity: O(f^3) an iteration.
     """
     f = part.f
-    scale = max(float(np.abs(part.quadratic).max(initial=0.0)), float(np.abs(part.linear).max(initial=0.0)), 1e-300)
+    scale = max(float(np.abs(part.quadratic).max(initial=0.0)), float(np.abs(part.linear).max(initial=0.0))) or 1.0
     objective = np.zeros((f + 1, f + 1))
     objective[1:, 1:] = part.quadratic / scale
     objective[0, 1:] = objective[1:, 0] = part.linear / (2 * scale)
@@ -65,18 +66,20 @@ def semidefinite_form(
     penalty = max(float(np.linalg.norm(objective)), 1e-3) / max(share * f, 1.0)
     best, best_form, stalled, mark = -np.inf, None, 0, -np.inf
     for turn in range(1, iterations + 1):
-        if deadline.passed():
+        # Time for this iteration and for one evaluation of the bound, or the last one was in vain.
+        last = turn == iterations or not affordable(deadline, 30.0 * f**3 + 1e7)
+        if last and turn > 1 and deadline.passed():
             break
         definite = _semidefinite(_orthogonal(lifted + multiplier / penalty, normal))
         before = lifted
         lifted = _into_polytope(definite - (objective + multiplier) / penalty, part, zero, one)
         apart = lifted - definite
         multiplier = multiplier + _STEP * penalty * apart
-        if turn % CHECK == 0 or turn == iterations:
+        if turn % CHECK == 0 or last:
             form, value = _dual(objective, multiplier, normal, part, scale)
             if value > best:
                 best, best_form = value, form
-            if visit is not None and visit(best, lifted[0, 1:]):
+            if last or (visit is not None and visit(best, lifted[0, 1:])):
                 break
             stalled = stalled + 1 if best <= mark + 1e-4 * abs(mark) else 0
             mark = best if stalled == 0 else mark
