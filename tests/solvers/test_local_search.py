@@ -33,13 +33,20 @@ def instance(kind: str, demand: int) -> SetCover:
     return open_part(cover_of(problem(kind, demand))).instance
 
 
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let weights be halved every 120 steps instead of every hundred thousand."""
+    monkeypatch.setattr("topoprune_solvers.domination.local_search.RESOLUTION", 0.1)
+
+
 @pytest.mark.parametrize("demand", [1, 2, 3])
 @pytest.mark.parametrize("kind", COSTS)
+@pytest.mark.usefixtures("coarse")
 def test_the_books_are_kept(kind: str, demand: int) -> None:
     """After any number of steps the state equals what a recount from its chosen candidates gives."""
     cover = instance(kind, demand)
     search = RowWeighting(cover, greedy_choice(cover), seed=1)
-    for steps in (1, 1, 1, 40, 400):
+    for steps in (1, 1, 1, 40, 77, 400):
         before = search.value
         search.run(max_steps=steps)
         state = search.state()
@@ -62,6 +69,7 @@ def test_the_books_are_kept(kind: str, demand: int) -> None:
 
 @pytest.mark.parametrize("demand", [1, 2])
 @pytest.mark.parametrize("kind", COSTS)
+@pytest.mark.usefixtures("coarse")
 def test_numba_python_and_any_slicing_take_the_same_steps(
     kind: str, demand: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

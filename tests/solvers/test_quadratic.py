@@ -21,7 +21,7 @@ from topoprune_solvers.quadratic.semidefinite import semidefinite_form
 from topoprune_solvers.solution import Status
 
 SOLVERS = available_solvers(QuadraticSubset)
-LAW = settings(max_examples=25, deadline=None)
+LAW = settings(max_examples=12, deadline=None)
 
 
 def random_gram(rng: np.random.Generator, n: int, rank: int) -> np.ndarray:

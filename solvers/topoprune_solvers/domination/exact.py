@@ -116,7 +116,8 @@ class ExactDominatingSet:
         if not outcome.complete:
             other = best_greedy_cover(cover, start)
             keep = other if keep is None or problem.objective(other) < problem.objective(keep) else keep
-            bound = best_bound("min", [bound, cover_bound(cover, problem.objective(keep), effort=10 * EFFORT)])
+            dual = cover_bound(cover, problem.objective(keep), effort=10 * EFFORT, deadline=deadline)
+            bound = best_bound("min", [bound, dual])
         assert keep is not None, "the problem was checked to have a cover"
         timed_out = not outcome.complete and deadline.passed()
         solution = unit_solution(problem, keep, self.name, bound=bound, timed_out=timed_out, stats=outcome.stats)

@@ -158,6 +158,10 @@ def _close_large(tally: Tally, deadline: Deadline, seed: int) -> None:
     else:
         dual = cover_bound(instance, tally.value, deadline=_share(deadline, 0.1, math.inf))
         tally.raise_bound(dual.value, dual.source)
+    if few_picks_applies(instance, tally.value) and not tally.settled:
+        # Often done before another process has started.
+        task = few_picks_task(instance, tally.value, tally.bound)
+        run_cover(tally, task, deadline=_share(deadline, 0.1, 1.0), apart=False)
     if tally.settled or deadline.passed():
         return
     race_covers(tally, _schedule(tally, deadline, seed, relaxed=small), deadline=deadline)

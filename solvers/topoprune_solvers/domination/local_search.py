@@ -27,6 +27,7 @@ __all__ = ["LocalSearchDominatingSet", "RowWeighting", "local_search"]
 SLICE = 0.02  # seconds of a kernel call between two looks at the clock
 STEPS = 200  # for each candidate left after the reductions, where neither steps nor seconds are given
 BOUND_SHARE = 0.05  # of a time limit, for the Lagrangian bounds
+RESOLUTION = 50  # first weight of a row, times the mean number of candidates of a row
 ROUNDS = 4  # in which each part gets its share: what a finished part leaves goes to the others
 
 
@@ -108,7 +109,7 @@ class _Part:
     def open(self) -> bool:
         """Return whether there may be a cheaper cover."""
         if self.search.exhausted:
-            self.bound = self.search.value
+            self.bound = max(self.bound, self.search.floor)
         return self.search.value > self.bound
 
 
@@ -178,10 +179,14 @@ def local_search(
 class RowWeighting:
     """A local search that can be continued.
 
-    Rows weigh 1 at first and 1 more for every step that leaves them short. Each step takes out the chosen
-    candidate whose rows weigh least per cost, and covers a random bare row by the candidate that helps most weight
-    per cost, unless nothing around it changed since it was taken out (configuration checking). Ties: the one that
-    has not moved for longest, then the lower index.
+    Each step takes out the chosen candidate whose rows weigh least per cost, and covers a random bare row by the
+    candidate that helps most weight per cost, unless nothing around it changed since it was taken out
+    (configuration checking). Ties: the one that has not moved for longest, then the lower index. Then one of the
+    rows that are still bare weighs 1 more.
+
+    Two departures from the paper, which adds 1 to every bare row and starts at 1: on large graphs thousands
+    of rows are bare then, and their weights race. All rows start at `RESOLUTION` times the mean number of candidates of
+    a row, and when the mean weight has doubled, all weights are halved.
 
     Args:
         instance: a set cover without free candidates. cover: (c,) bool, where to begin.
@@ -203,7 +208,8 @@ class RowWeighting:
         np.bitwise_xor.at(only, owner[inside], instance.row[inside])
         # At a cover, only chosen candidates of rows just met have a score.
         tight = np.repeat(count == instance.demand, np.diff(instance.row_start)) & inside
-        score = np.bincount(instance.row[tight], minlength=c).astype(np.int64)
+        first = max(1, round(RESOLUTION * instance.row.size / max(1, e)))
+        score = first * np.bincount(instance.row[tight], minlength=c).astype(np.int64)
         price = instance.cost
         order = chosen[np.argsort(score[chosen] / price[chosen], kind="stable")]
         heap, place = np.zeros(c, np.int64), np.full(c, -1, np.int64)
@@ -213,13 +219,14 @@ class RowWeighting:
         self.instance = instance
         self.steps = 0
         self.exhausted = False
+        self._period = max(1, first * e)  # steps that double the mean weight
         self._pace = 1e-5 if enabled() else 1e-3  # seconds a step, measured as it goes
         arrays: list[Any] = [
             instance.row_start, instance.row, instance.col_start, instance.col, instance.demand, price,
-            cover.astype(np.int8), count.astype(np.int64), only, np.ones(e, np.int64), score, np.zeros(c, np.int64),
+            cover.astype(np.int8), count.astype(np.int64), only, np.full(e, first), score, np.zeros(c, np.int64),
             np.ones(c, np.int8), heap, place, np.zeros(e, np.int64), np.zeros(e, np.int64), cover.astype(np.int8),
             np.zeros(c, np.int64), np.array([order.size, 0, 0, spin, 0, -1]),
-            np.array([value, value, 1e-12 * value]),
+            np.array([value, value, self._least(value)]),
         ]  # fmt: skip
         self._arrays = arrays if enabled() else [array.tolist() for array in arrays]
 
@@ -232,6 +239,11 @@ class RowWeighting:
     def value(self) -> float:
         """Cost of the cheapest cover so far (up to rounding; exact for integral costs)."""
         return float(self._arrays[20][1])
+
+    @property
+    def floor(self) -> float:
+        """What every cover costs at least if the search is exhausted: no cheaper one by more than its tolerance."""
+        return self.value if is_integral(self.instance.cost) else self.value * (1.0 - 2e-9)
 
     def state(self) -> dict[str, Any]:
         """Return copies of what the search keeps account of, for checks."""
@@ -249,7 +261,8 @@ class RowWeighting:
         kernel: Callable[..., int] = choose(search_kernel)
         left = math.inf if max_steps is None else max_steps
         while not self.exhausted and self.value > target and left > 0 and not deadline.passed():
-            wanted = int(max(1, min(left, min(SLICE, deadline.remaining()) / self._pace, 1_000_000)))
+            until_halving = self._period - self.steps % self._period
+            wanted = int(max(1, min(left, min(SLICE, deadline.remaining()) / self._pace, until_halving, 1_000_000)))
             began = time.perf_counter()
             answer = kernel(*self._arrays, wanted, target)
             spent = time.perf_counter() - began
@@ -258,7 +271,34 @@ class RowWeighting:
             left -= wanted
             self.steps += wanted
             self.exhausted = answer == 2
+            if wanted == until_halving and not self.exhausted:
+                self._halve()
         return self.exhausted or self.value <= target
+
+    def _least(self, value: float) -> float:
+        # Running sums of floats drift; an improvement must be larger than that.
+        return 0.5 if is_integral(self.instance.cost) else 1e-9 * value
+
+    def _halve(self) -> None:
+        """Halve all weights, so that new ones keep their say; scores and heap follow, and the cost is summed anew."""
+        instance, state = self.instance, self.state()
+        weight = (state["weight"] + 1) // 2
+        degree = np.diff(instance.row_start)
+        chosen = state["chosen"] == 1
+        slack = np.repeat(state["count"] - instance.demand, degree)
+        # A chosen candidate misses rows with nothing to spare, another helps those below their demand.
+        counts = np.where(chosen[instance.row], slack <= 0, slack < 0)
+        weighed = np.where(counts, np.repeat(weight, degree), 0)
+        score = np.zeros(instance.n_candidates, dtype=np.int64)
+        np.add.at(score, instance.row, weighed)
+        inside = np.flatnonzero(chosen)
+        heap = inside[np.lexsort((inside, state["stamp"][inside], score[inside] / instance.cost[inside]))]
+        place = np.full(instance.n_candidates, -1)
+        place[heap] = np.arange(heap.size)
+        for number, array in ((9, weight), (10, score), (14, place)):
+            self._arrays[number][:] = array if enabled() else array.tolist()
+        self._arrays[13][: heap.size] = heap if enabled() else heap.tolist()
+        self._arrays[20][0] = instance.value(chosen)
 
 
 register(LocalSearchDominatingSet())

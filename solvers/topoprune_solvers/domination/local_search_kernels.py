@@ -236,8 +236,9 @@ def search_kernel(  # type: ignore[no-untyped-def]
             if state[JOURNAL] < len(journal):
                 journal[state[JOURNAL]] = chosen_one
             state[JOURNAL] += 1
-            for index in range(state[BARE]):
-                missed = bare[index]
+            if state[BARE] > 0:
+                # One of the rows still bare, not all: else weights race where thousands are bare at a time.
+                missed = bare[state[RANDOM] % state[BARE]]
                 weight[missed] += 1
                 for position in range(row_start[missed], row_start[missed + 1]):
                     other = row[position]

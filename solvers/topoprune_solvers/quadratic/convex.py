@@ -11,6 +11,7 @@ is a lower bound on the optimum, whatever the accuracy of y. That minimum is a s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,20 +146,18 @@ def row_bound(part: OpenPart, deadline: Deadline = NEVER) -> float:
     return part.constant + least - 1e-12 * (abs(part.constant) + abs(least))
 
 
-def diagonal_forms(part: OpenPart, deadline: Deadline = NEVER) -> list[ConvexForm]:
-    """Return convex forms ``Q - D`` for some diagonal matrices D >= 0 that keep it positive semidefinite.
+def diagonal_forms(part: OpenPart, deadline: Deadline = NEVER) -> Iterator[ConvexForm]:
+    """Yield convex forms ``Q - D`` for some diagonal matrices D >= 0 that keep it positive semidefinite.
 
-    D = 0 always; up to 4096 units also the largest multiples, found by Cholesky factorisations, of the identity,
+    D = 0 first; up to 4096 units also the largest multiples, found by Cholesky factorisations, of the identity,
     of the diagonal and of 1 / diag(Q^-1), the most that each single diagonal entry can give. O(f^3) each.
     """
     f = part.f
     quadratic = part.quadratic
     scale = float(np.abs(quadratic.diagonal()).sum())
-    forms = [
-        ConvexForm(quadratic, part.linear, part.constant, None, 1e-13 * scale * max(f, 1), "convex relaxation"),
-    ]
+    yield ConvexForm(quadratic, part.linear, part.constant, None, 1e-13 * scale * max(f, 1), "convex relaxation")
     if not 0 < f <= FACTORED_UNITS or not scale > 0:
-        return forms
+        return
     diagonal = np.maximum(quadratic.diagonal(), 0.0)
     for shape, name in ((np.ones(f), "identity"), (diagonal, "diagonal"), (None, "inverse diagonal")):
         if not affordable(deadline, 2.0 * f**3):
@@ -169,7 +168,7 @@ def diagonal_forms(part: OpenPart, deadline: Deadline = NEVER) -> list[ConvexFor
             try:
                 shape = 1.0 / np.maximum(np.linalg.inv(system).diagonal(), 1e-300)
             except np.linalg.LinAlgError:
-                break
+                return
             shape = np.clip(shape, 0.0, diagonal)
         top = float((diagonal[shape > 0] / shape[shape > 0]).min(initial=np.inf))
         factor = _largest_multiple(quadratic, shape, top, 1e-12 * scale, deadline) if np.isfinite(top) else 0.0
@@ -177,17 +176,14 @@ def diagonal_forms(part: OpenPart, deadline: Deadline = NEVER) -> list[ConvexFor
             reduced = quadratic.copy()
             reduced[np.diag_indices(f)] -= factor * shape
             slack = 1e-12 * scale * f + 1e-13 * scale * f
-            forms.append(
-                ConvexForm(
-                    reduced,
-                    part.linear + factor * shape,
-                    part.constant,
-                    None,
-                    slack,
-                    f"convex relaxation ({name} split off)",
-                )
+            yield ConvexForm(
+                reduced,
+                part.linear + factor * shape,
+                part.constant,
+                None,
+                slack,
+                f"convex relaxation ({name} split off)",
             )
-    return forms
 
 
 def _largest_multiple(matrix: np.ndarray, shape: np.ndarray, top: float, tolerance: float, deadline: Deadline) -> float:

@@ -17,7 +17,7 @@ from topoprune_solvers.solution import Solution
 
 __all__ = ["SHARE", "IteratedExchange", "iterate", "patience_of"]
 
-SMALLEST_SHARE, SHARE = 0.03, 0.4
+SMALLEST_SHARE, SHARE = 0.03, 0.6
 
 
 @dataclass(frozen=True)

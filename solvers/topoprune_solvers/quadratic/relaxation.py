@@ -22,11 +22,12 @@ from topoprune_solvers.quadratic.greedy import improve, starts
 from topoprune_solvers.quadratic.local_search import SHARE, iterate, patience_of
 from topoprune_solvers.quadratic.semidefinite import SEMIDEFINITE_UNITS, SOURCE, semidefinite_form
 from topoprune_solvers.result import NEVER, Deadline
-from topoprune_solvers.solution import Bound, Solution, best_bound
+from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["CertifiedRelaxation", "relax"]
 
 STEPS = 300  # gradient steps of a convex relaxation
+CONVERGING_UNITS = 400  # up to here the semidefinite relaxation has iterations enough
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,23 @@ def relax(best: Search, deadline: Deadline = NEVER) -> tuple[Search, list[Bound]
         return close(bound)
 
     chosen, chosen_value = empty, -np.inf
-    if f <= SEMIDEFINITE_UNITS and affordable(deadline, 30.0 * f**3):
-        value, form = semidefinite_form(part, deadline, visit=visit)
-        if form is not None:
-            bounds.append(Bound(value, SOURCE))
+    for form in diagonal_forms(part, deadline):
+        value = polish(form)
+        bounds.append(Bound(value, form.source))
+        if value > chosen_value:
             chosen, chosen_value = form, value
+        # The semidefinite relaxation contains the other diagonals, where it has time to converge.
+        if close(value) or f <= CONVERGING_UNITS:
+            break
+    if f <= SEMIDEFINITE_UNITS and not close(chosen_value) and affordable(deadline, 30.0 * f**3):
+        value, semidefinite = semidefinite_form(part, deadline, visit=visit)
+        if semidefinite is not None:
+            bounds.append(Bound(value, SOURCE))
             if not close(value):
-                chosen_value = polish(form)
-                bounds.append(Bound(chosen_value, f"{SOURCE}, polished"))
-    top = best_bound("min", bounds)
-    if top is not None and not close(top.value) and (f > SEMIDEFINITE_UNITS or chosen_value == -np.inf):
-        for form in diagonal_forms(part, deadline):
-            value = polish(form)
-            bounds.append(Bound(value, form.source))
+                value = polish(semidefinite)
+                bounds.append(Bound(value, f"{SOURCE}, polished"))
             if value > chosen_value:
-                chosen, chosen_value = form, value
+                chosen = semidefinite
     return found[0], bounds, part, chosen
 
 

@@ -10,12 +10,12 @@ sorting. ADMM finds a good Z.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
 
 from topoprune_solvers.quadratic.budgets import OpenPart
-from topoprune_solvers.quadratic.common import affordable
 from topoprune_solvers.quadratic.convex import ConvexForm
 from topoprune_solvers.result import NEVER, Deadline
 
@@ -62,14 +62,16 @@ def semidefinite_form(
     share = part.count / f if part.count is not None else 0.5
     lifted = _lift(np.full(f, share))
     lifted = _into_polytope(lifted, part, zero, one)
-    multiplier = np.zeros_like(objective)
+    multiplier = -objective  # the plain convex relaxation: its bound is where the iterations start
     penalty = max(float(np.linalg.norm(objective)), 1e-3) / max(share * f, 1.0)
     best, best_form, stalled, mark = -np.inf, None, 0, -np.inf
+    longest, started = 0.0, time.perf_counter()
     for turn in range(1, iterations + 1):
-        # Time for this iteration and for one evaluation of the bound, or the last one was in vain.
-        last = turn == iterations or not affordable(deadline, 30.0 * f**3 + 1e7)
-        if last and turn > 1 and deadline.passed():
-            break
+        # Stop while there is time for one evaluation of the bound, or the iterations were in vain.
+        now = time.perf_counter()
+        longest = max(longest, now - started)
+        started = now
+        last = turn == iterations or deadline.remaining() < 2.5 * longest
         definite = _semidefinite(_orthogonal(lifted + multiplier / penalty, normal))
         before = lifted
         lifted = _into_polytope(definite - (objective + multiplier) / penalty, part, zero, one)
