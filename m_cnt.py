@@ -7,11 +7,15 @@ that share a row with it. A heap holds the chosen candidates, least score per co
 
 from __future__ import annotations
 
-C={}
+C = {}
+
+
 def kernel(f):
     return f
+
+
 def bump(k):
-    C[k]=C.get(k,0)+1
+    C[k] = C.get(k, 0) + 1
 
 
 __all__ = ["search_kernel"]
@@ -35,10 +39,12 @@ def before(a, b, score, stamp, cost):  # type: ignore[no-untyped-def]
 
 @kernel
 def sift_up(heap, place, position, score, stamp, cost):  # type: ignore[no-untyped-def]
-    item = heap[position]; bump('sift')
+    item = heap[position]
+    bump("sift")
     while position > 0:
         parent = (position - 1) // 2
-        other = heap[parent]; bump('up level')
+        other = heap[parent]
+        bump("up level")
         if not before(item, other, score, stamp, cost):
             break
         heap[position] = other
@@ -50,14 +56,16 @@ def sift_up(heap, place, position, score, stamp, cost):  # type: ignore[no-untyp
 
 @kernel
 def sift_down(heap, place, position, size, score, stamp, cost):  # type: ignore[no-untyped-def]
-    item = heap[position]; bump('sift')
+    item = heap[position]
+    bump("sift")
     while True:
         child = 2 * position + 1
         if child >= size:
             break
         if child + 1 < size and before(heap[child + 1], heap[child], score, stamp, cost):
             child += 1
-        other = heap[child]; bump('down level')
+        other = heap[child]
+        bump("down level")
         if not before(other, item, score, stamp, cost):
             break
         heap[position] = other
@@ -73,10 +81,12 @@ def add(  # type: ignore[no-untyped-def]
     heap, place, bare, bare_at, state,
 ):  # fmt: skip
     """Choose a candidate."""
-    chosen[candidate] = 1; bump('add')
+    chosen[candidate] = 1
+    bump("add")
     for entry in range(col_start[candidate], col_start[candidate + 1]):
         element = col[entry]
-        bump('col entry'); had, asked = count[element], demand[element]
+        bump("col entry")
+        had, asked = count[element], demand[element]
         if had + 1 == asked:
             state[BARE] -= 1
             last, hole = bare[state[BARE]], bare_at[element]
@@ -85,7 +95,8 @@ def add(  # type: ignore[no-untyped-def]
             for position in range(row_start[element], row_start[element + 1]):
                 other = row[position]
                 if chosen[other] == 0:
-                    score[other] -= weight[element]; bump('add_cross_entry')
+                    score[other] -= weight[element]
+                    bump("add_cross_entry")
                     fresh[other] = 1
         elif had == asked:
             if asked == 1:
@@ -120,12 +131,14 @@ def remove(  # type: ignore[no-untyped-def]
         place[last] = hole
         sift_up(heap, place, hole, score, stamp, cost)
         sift_down(heap, place, place[last], state[CHOSEN], score, stamp, cost)
-    chosen[candidate] = 0; bump('remove')
+    chosen[candidate] = 0
+    bump("remove")
     fresh[candidate] = 0
     stamp[candidate] = state[STEP]
     for entry in range(col_start[candidate], col_start[candidate + 1]):
         element = col[entry]
-        bump('col entry'); had, asked = count[element], demand[element]
+        bump("col entry")
+        had, asked = count[element], demand[element]
         count[element] = had - 1
         only[element] ^= candidate
         if had == asked:
@@ -135,7 +148,8 @@ def remove(  # type: ignore[no-untyped-def]
             for position in range(row_start[element], row_start[element + 1]):
                 other = row[position]
                 if chosen[other] == 0 and other != candidate:
-                    score[other] += weight[element]; bump('rem_cross_entry')
+                    score[other] += weight[element]
+                    bump("rem_cross_entry")
                     fresh[other] = 1
         elif had == asked + 1:
             if asked == 1:
@@ -246,7 +260,8 @@ def search_kernel(  # type: ignore[no-untyped-def]
                 weight[missed] += 1
                 for position in range(row_start[missed], row_start[missed + 1]):
                     other = row[position]
-                    score[other] += 1; bump('weight entry')
+                    score[other] += 1
+                    bump("weight entry")
                     if chosen[other] == 1:
                         sift_down(heap, place, place[other], state[CHOSEN], score, stamp, cost)
     return RUNNING

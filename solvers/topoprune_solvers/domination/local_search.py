@@ -69,48 +69,63 @@ class LocalSearchDominatingSet:
         deadline = Deadline.after(time_limit)
         cover = cover_of(problem)
         keep = best_greedy_cover(cover, check_start(problem, warm_start))
+        stats = {"steps": 0, "components": 0, "candidates_left": cover.n}
+        if not deadline.passed():
+            part = open_part(cover)
+            reduced = reduce_cover(part.instance, deadline)
         if deadline.passed():
-            return unit_solution(problem, keep, self.name, bound=dual_ascent_bound(cover), timed_out=True)
-        part = open_part(cover)
-        reduced = reduce_cover(part.instance, deadline)
+            bound = dual_ascent_bound(cover)
+            return unit_solution(problem, keep, self.name, bound=bound, timed_out=True, stats=stats)
         core = reduced.core
         parts = _parts(core, keep[part.units[reduced.candidates]], seed)
         limit = STEPS * core.n_candidates if self.max_steps is None and time_limit is None else self.max_steps
         _search_parts(parts, deadline, limit)
         chosen = np.zeros(core.n_candidates, dtype=bool)
         for one in parts:
-            chosen[one.candidates] = one.search.best
+            chosen[one.candidates] = one.best
         found = prune_redundant(cover, part.keep(cover, reduced.invert(chosen)))
         if problem.objective(found) <= problem.objective(keep):
             keep = found
-        bound = part.fixed + reduced.fixed + math.fsum(one.bound for one in parts)
+        value = part.fixed + reduced.fixed + math.fsum(one.bound for one in parts)
         if not is_integral(core.cost):
-            bound -= 1e-12 * abs(bound)  # a sum of floats: stay below it
-        source = "reductions + dual bounds" if parts else "reductions"
-        steps = sum(one.search.steps for one in parts)
-        stats = {"steps": steps, "components": len(parts), "candidates_left": core.n_candidates}
-        return unit_solution(
-            problem, keep, self.name, bound=Bound(bound, source), timed_out=deadline.passed(), stats=stats
-        )
+            value -= 1e-12 * abs(value)  # a sum of floats: stay below it
+        bound = Bound(value, "reductions + dual bounds" if parts else "reductions")
+        stats = {
+            "steps": sum(one.steps for one in parts),
+            "components": len(parts),
+            "candidates_left": core.n_candidates,
+        }
+        return unit_solution(problem, keep, self.name, bound=bound, timed_out=deadline.passed(), stats=stats)
 
 
 class _Part:
-    """A component with its search and its bound."""
+    """A component with its bound and its search, which is set up when it is first needed."""
 
     def __init__(self, instance: SetCover, candidates: np.ndarray, start: np.ndarray, seed: int) -> None:
-        self.instance, self.candidates = instance, candidates
-        self.search = RowWeighting(instance, start, seed=seed)
-        self.bound = 0.0
+        self.instance, self.candidates, self.start, self.seed = instance, candidates, start, seed
+        self.search: RowWeighting | None = None
+        self.value, self.bound, self.steps = instance.value(start), 0.0, 0
 
-    def improve_bound(self, deadline: Deadline) -> None:
-        self.bound = max(self.bound, cover_bound(self.instance, self.search.value, deadline=deadline).value)
+    @property
+    def best(self) -> np.ndarray:
+        """The cheapest cover so far."""
+        return self.start if self.search is None else self.search.best
 
     @property
     def open(self) -> bool:
         """Return whether there may be a cheaper cover."""
+        return self.value > self.bound and (self.search is None or not self.search.exhausted)
+
+    def improve_bound(self, deadline: Deadline) -> None:
+        self.bound = max(self.bound, cover_bound(self.instance, self.value, deadline=deadline).value)
+
+    def run(self, deadline: Deadline, max_steps: int | None) -> None:
+        if self.search is None:
+            self.search = RowWeighting(self.instance, self.start, seed=self.seed)
+        self.search.run(deadline=deadline, target=self.bound, max_steps=max_steps)
+        self.value, self.steps = self.search.value, self.search.steps
         if self.search.exhausted:
             self.bound = max(self.bound, self.search.floor)
-        return self.search.value > self.bound
 
 
 def _parts(core: SetCover, known: np.ndarray, seed: int) -> list[_Part]:
@@ -125,19 +140,21 @@ def _parts(core: SetCover, known: np.ndarray, seed: int) -> list[_Part]:
 def _search_parts(parts: list[_Part], deadline: Deadline, limit: int | None) -> None:
     """Give each open part its share of the steps or seconds, by size."""
     for one in parts:
+        if deadline.passed():
+            return
         one.improve_bound(Deadline.after(min(deadline.remaining() * BOUND_SHARE, 3600.0)))
     for turn in range(ROUNDS):
         rest = [one for one in parts if one.open]
         size = sum(one.instance.n_candidates for one in rest)
         share = 1.0 / (ROUNDS - turn)
         seconds = deadline.remaining() * share
-        steps = None if limit is None else (limit - sum(one.search.steps for one in parts)) * share
+        steps = None if limit is None else (limit - sum(one.steps for one in parts)) * share
         for one in rest:
             if deadline.passed():
                 return
             fraction = one.instance.n_candidates / size
             until = Deadline.after(seconds * fraction) if math.isfinite(seconds) else deadline
-            one.search.run(deadline=until, target=one.bound, max_steps=None if steps is None else int(steps * fraction))
+            one.run(until, None if steps is None else int(steps * fraction))
 
 
 def local_search(

@@ -85,7 +85,7 @@ class Reduction:
         >>> Reduction(("candidate-subset",)).apply(instance).candidates.tolist()
         [1, 2]
         >>> Reduction().apply(instance).taken.tolist()
-        [1, 2]
+        [0, 2]
     """
 
     rules: Sequence[str] = RULES
