@@ -18,7 +18,7 @@ import numpy as np
 
 __all__ = ["Figure", "Options", "Outcome", "data_folder", "environment", "percentile_interval", "table", "write_json"]
 
-PACKAGES = ("topoprune", "torch", "transformers", "numpy", "scipy", "ortools", "igraph")
+PACKAGES = ("topoprune", "torch", "transformers", "numpy", "scipy", "ortools", "igraph", "numba", "python-sat")
 
 
 @dataclass(frozen=True)

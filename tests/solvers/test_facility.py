@@ -145,7 +145,9 @@ def test_time_limits_are_kept(name: str, plain: bool, monkeypatch: pytest.Monkey
         started = time.process_time()
         solution = solve(problem, name, time_limit=limit)
         assert time.process_time() - started < 1.1 * limit + 1.0
-        assert solution.n_kept == problem.k and solution.status in (Status.TIME_LIMIT, Status.OPTIMAL)
+        # greedy may be through with its swaps in 50 ms
+        allowed = {Status.TIME_LIMIT, Status.OPTIMAL} | ({Status.FEASIBLE} if name == "greedy" and limit else set())
+        assert solution.n_kept == problem.k and solution.status in allowed
         assert solution.bound is not None and solution.bound.value >= solution.objective * (1 - 1e-9)
 
 

@@ -11,8 +11,11 @@ from topoprune.cli.output import Json, check_target, emit_json, guarded, progres
 from topoprune.cli.sources import (
     Budget,
     Calibration,
+    Floor,
+    Gqa,
     Limit,
     Measure,
+    ModelOptions,
     Objective,
     Problem,
     Samples,
@@ -37,9 +40,11 @@ def compare(
     problem: Problem = None,
     objective: Objective = "k-centre",
     scope: Scope = "site",
+    floor: Floor = None,
     measure: Measure = None,
     calibration_file: Calibration = None,
     calibration_samples: Samples = 256,
+    gqa: Gqa = "groups",
     time_limit: Limit = 10.0,
     seed: int = 0,
     json_file: Json = None,
@@ -52,8 +57,9 @@ def compare(
     check_target("--json", json_file)
     if plot is not None:
         check_picture_path(plot)
-    request = requested(theta, budget, objective, scope, time_limit, seed)
-    graph, request = load(source, problem, request, measure, calibration_file, calibration_samples)
+    request = requested(theta, budget, objective, scope, floor, time_limit, seed)
+    options = ModelOptions(measure, calibration_file, calibration_samples, gqa)
+    graph, request = load(source, problem, request, options)
     if request.get("theta") is None and request.get("budget") is None and request.get("problem") != "edges":
         request["theta"] = "auto:0.1"
     names = None if solvers is None else [name.strip() for name in solvers.split(",") if name.strip()]

@@ -23,7 +23,9 @@ _PACKAGES = (
     "ortools",
     "igraph",
     "networkx",
+    "numba",
     "pyarrow",
+    "python-sat",
 )
 
 
@@ -38,7 +40,7 @@ def doctor(json_file: Json = None) -> None:
         if isinstance(value, dict):
             typer.echo(f"{name}:")
             for key, item in value.items():
-                typer.echo(f"  {key:20} {item}")
+                typer.echo(f"  {key:24} {item}")
         else:
             typer.echo(f"{name}: {value}")
 
@@ -50,6 +52,7 @@ def _report() -> dict[str, Any]:
     from topoprune import __version__
     from topoprune.tasks.docstrings import cache_folder
     from topoprune.tasks.embedded_model import embedded_model_path
+    from topoprune_solvers.table import problem_types
 
     try:
         embedded = str(embedded_model_path())
@@ -59,14 +62,9 @@ def _report() -> dict[str, Any]:
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")
-    problems = {
-        "dominating set": solvers.DominatingSet,
-        "k-centre": solvers.BudgetedDomination,
-        "soft domination": solvers.SoftDomination,
-        "edges": solvers.EdgeSelection,
-    }
     available = {}
-    for name, problem in problems.items():
+    for problem in problem_types():
+        name = problem.__name__
         here = solvers.available_solvers(problem)
         missing = [solver for solver in solvers.solver_names(problem) if solver not in here]
         available[name] = ", ".join(here) + (f" (not installed: {', '.join(missing)})" if missing else "")

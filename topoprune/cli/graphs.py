@@ -11,8 +11,11 @@ from topoprune.cli.output import Json, check_target, emit_json, guarded, progres
 from topoprune.cli.sources import (
     Budget,
     Calibration,
+    Floor,
+    Gqa,
     Limit,
     Measure,
+    ModelOptions,
     Objective,
     Problem,
     Samples,
@@ -35,12 +38,13 @@ def extract(
     include: Annotated[str, typer.Option(help="Some of heads,neurons,input_dims,edges.")] = "heads,neurons,input_dims",
     calibration_file: Calibration = None,
     calibration_samples: Samples = 256,
+    gqa: Gqa = "groups",
     json_file: Json = None,
 ) -> None:
     """Write a model's graph: units, distances, importance and cost."""
     check_target("--json", json_file)
     kinds = tuple(part.strip() for part in include.split(",") if part.strip())
-    graph = from_model(model, measure, kinds, calibration_file, calibration_samples)
+    graph = from_model(model, kinds, ModelOptions(measure, calibration_file, calibration_samples, gqa))
     path = graph.save(out)
     sites = [
         {
@@ -71,9 +75,11 @@ def solve(
     ] = None,
     objective: Objective = "k-centre",
     scope: Scope = "site",
+    floor: Floor = None,
     measure: Measure = None,
     calibration_file: Calibration = None,
     calibration_samples: Samples = 256,
+    gqa: Gqa = "groups",
     time_limit: Limit = None,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="The plan file to write (.npz).")] = None,
@@ -85,8 +91,9 @@ def solve(
 
     check_target("--out", out)
     check_target("--json", json_file)
-    request = requested(theta, budget, objective, scope, time_limit, seed)
-    graph, request = load(source, problem, request, measure, calibration_file, calibration_samples)
+    request = requested(theta, budget, objective, scope, floor, time_limit, seed)
+    options = ModelOptions(measure, calibration_file, calibration_samples, gqa)
+    graph, request = load(source, problem, request, options)
     if solver is None and request["problem"] == "graph" and max(site.n_units for site in graph.sites) <= 64:
         solver = "exact"
     with interruptible() as stop, progress_bar() as show:

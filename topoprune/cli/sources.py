@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Calibration",
+    "Floor",
+    "Gqa",
     "Limit",
     "Measure",
+    "ModelOptions",
     "Objective",
     "Problem",
     "Samples",
@@ -55,11 +59,37 @@ Problem = Annotated[
 ]
 Objective = Annotated[str, typer.Option(help="With --budget: k-centre, or soft (most importance explained).")]
 Scope = Annotated[str, typer.Option(help="With --budget: it holds for each site, or for the model as a whole.")]
+Floor = Annotated[int | None, typer.Option(help="With --scope model: least units to keep in each site (default 1).")]
+Gqa = Annotated[
+    str,
+    typer.Option(help="Units of grouped-query attention: groups, or query-heads (equally many stay in every group)."),
+]
 Limit = Annotated[float | None, typer.Option(help="Seconds a layer.")]
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a graph is made from a model; none of it means anything for a graph file.
+
+    Args:
+        measure: name of a distance, None for the default. calibration_file: texts, None for the embedded ones.
+        samples: calibration texts. gqa: units of grouped-query attention.
+    """
+
+    measure: str | None
+    calibration_file: Path | None
+    samples: int
+    gqa: str = "groups"
+
+
 def requested(
-    theta: str | None, budget: str | None, objective: str, scope: str, time_limit: float | None, seed: int
+    theta: str | None,
+    budget: str | None,
+    objective: str,
+    scope: str,
+    floor: int | None,
+    time_limit: float | None,
+    seed: int,
 ) -> dict[str, Any]:
     """Return the request of `topoprune.solve` that the options spell, without the problem.
 
@@ -73,6 +103,10 @@ def requested(
     request: dict[str, Any] = {"time_limit": time_limit, "seed": seed}
     if scope != "site":
         request["scope"] = scope
+    if floor is not None:
+        if scope != "model":
+            raise ValueError(f"--floor {floor} goes with --scope model: it is what each site keeps of a common budget")
+        request["floor"] = floor
     if theta is not None:
         try:
             request["theta"] = float(theta)
@@ -94,9 +128,7 @@ def load(
     source: str,
     problem: str | None,
     request: dict[str, Any],
-    measure: str | None,
-    calibration_file: Path | None,
-    samples: int,
+    options: ModelOptions,
 ) -> tuple[ModelGraph, dict[str, Any]]:
     """Return the graph of a file or model, and the request with its problem filled in.
 
@@ -117,10 +149,10 @@ def load(
         if problem == "graph":
             raise ValueError(f"--problem graph is for bare graphs; {source} is a model: heads, neurons or edges")
         request.setdefault("problem", "heads")
-        return from_model(source, measure, _INCLUDE[request["problem"]], calibration_file, samples), request
-    if measure is not None or calibration_file is not None:
+        return from_model(source, _INCLUDE[request["problem"]], options), request
+    if options.measure is not None or options.calibration_file is not None or options.gqa != "groups":
         raise ValueError(
-            f"--measure and --calibration-file are for models; {source} is a graph that was extracted already"
+            f"--measure, --calibration-file and --gqa are for models; {source} is a graph that was extracted already"
         )
     graph = read_graph(path)
     wrapped = ModelGraph.from_graph(graph, path.name) if isinstance(graph, Graph) else graph
@@ -128,9 +160,7 @@ def load(
     return wrapped, {"problem": "heads", **request}
 
 
-def from_model(
-    source: str, measure: str | None, include: tuple[str, ...], calibration_file: Path | None, samples: int
-) -> ModelGraph:
+def from_model(source: str, include: tuple[str, ...], options: ModelOptions) -> ModelGraph:
     """Return the graph of a model folder, a hub id, or ``embedded``."""
     from topoprune import extract as extract_graph
     from topoprune.tasks.models import calibration_batches, load_backbone
@@ -140,15 +170,15 @@ def from_model(
 
     def batches() -> Iterator[dict[str, Any]]:
         # A generator, so that data-free measures read no data and load no tokenizer.
-        texts, origin = _calibration_texts(calibration_file, samples)
+        texts, origin = _calibration_texts(options.calibration_file, options.samples)
         console.print(f"calibration: {len(texts)} texts, {origin}", highlight=False)
         yield from calibration_batches(source, model, texts)
 
     with warnings.catch_warnings():
-        if calibration_file is None:
+        if options.calibration_file is None:
             warnings.filterwarnings("ignore", message="calibration is not used")
-        asked: dict[str, Any] = {} if measure is None else {"measure": measure}
-        return extract_graph(model, include=include, calibration=batches(), **asked)
+        asked: dict[str, Any] = {} if options.measure is None else {"measure": options.measure}
+        return extract_graph(model, include=include, calibration=batches(), gqa=options.gqa, **asked)
 
 
 def _calibration_texts(path: Path | None, samples: int) -> tuple[list[str], str]:
