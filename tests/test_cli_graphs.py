@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig, LlamaModel
 from typer.testing import CliRunner, Result
 
 from topoprune import Graph, ModelGraph, Plan, Site, write_graph
@@ -90,6 +91,26 @@ def test_compare_on_a_model_graph_shares_a_budget_if_asked(ring: Path) -> None:
     assert [row["kept"] for row in whole["rows"]] == [4, 4] and whole["request"]["scope"] == "model"
     by_default = json.loads(call("compare", ring / "model.npz", "--solvers", "exact", "--json", "-").stdout)
     assert by_default["request"]["theta"] == "auto:0.1" and by_default["request"]["problem"] == "heads"
+
+
+def test_query_heads_of_a_model_stay_in_equal_numbers(tmp_path: Path) -> None:
+    model = LlamaModel(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+                                   num_attention_heads=8, num_key_value_heads=2))  # fmt: skip
+    model.save_pretrained(tmp_path / "llama")
+    result = call("solve", tmp_path / "llama", "--gqa", "query-heads", "--budget", 4, "--out", tmp_path / "plan.npz")
+    assert result.exit_code == 0, result.output
+    plan = Plan.load(tmp_path / "plan.npz")
+    for site in plan.sites:
+        assert plan.keep(site.name).reshape(2, 4).sum(axis=1).tolist() == [2, 2]
+    assert "unknown gqa 'heads'" in refused("solve", tmp_path / "llama", "--gqa", "heads", "--budget", 4)
+    assert "3 " in refused("solve", tmp_path / "llama", "--gqa", "query-heads", "--budget", 3)
+
+
+def test_a_floor_goes_with_a_common_budget(ring: Path) -> None:
+    result = call("solve", ring / "model.npz", "--budget", 5, "--scope", "model", "--floor", 4, "--json", "-")
+    assert json.loads(result.stdout)["request"]["floor"] == 4
+    assert "--floor 2 goes with --scope model" in refused("solve", ring / "model.npz", "--budget", 5, "--floor", 2)
+    assert "--gqa are for models" in refused("solve", ring / "model.npz", "--budget", 5, "--gqa", "query-heads")
 
 
 @pytest.mark.parametrize("command", ["solve", "compare"])
