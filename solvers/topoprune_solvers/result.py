@@ -23,6 +23,8 @@ __all__ = [
     "check_start",
     "fill_up",
     "interruptible",
+    "mask_solution",
+    "mask_start",
     "stopped_status",
     "unit_solution",
 ]
@@ -180,5 +182,57 @@ def unit_solution(
         bound=bound,
         dominator=dominator,
         dominator_distance=distance,
+        stats={} if stats is None else dict(stats),
+    )
+
+
+def mask_start(problem: Any, warm_start: Any) -> np.ndarray | None:
+    """Return a warm start as a fresh flat (n,) bool mask; None if there is none or it breaks the problem's rules.
+
+    Raises:
+        ValueError: a mask of another size, e.g. from another layer.
+    """
+    if warm_start is None:
+        return None
+    start = np.array(warm_start, dtype=bool).reshape(-1)
+    if start.size != problem.n:
+        raise ValueError(f"warm_start has {start.size} entries, expected {problem.n}: a keep mask of this problem")
+    return start if problem.violation(start) is None else None
+
+
+def mask_solution(
+    problem: Any,
+    keep: np.ndarray,
+    solver: str,
+    *,
+    bound: Bound | None = None,
+    timed_out: bool = False,
+    slack: float = 0.0,
+    stats: Mapping[str, Any] | None = None,
+) -> Solution:
+    """Build the Solution of a problem without dominators: objective, and the status that bound and clock allow.
+
+    Args:
+        problem: any problem. keep: feasible mask, flat or not.
+        bound: proven limit on the optimum, or None.
+        timed_out: whether a limit cut the search short.
+        slack: absolute distance of objective and bound that counts as met, on top of 1e-9 of the objective: what
+            summing in another order can change. A bound past the objective by more is wrong, and is left for
+            `verify` to see.
+        stats: counters.
+    """
+    keep = np.asarray(keep, dtype=bool).reshape(-1)
+    objective = problem.objective(keep)
+    status = stopped_status() if timed_out else Status.FEASIBLE
+    slack += 1e-9 * abs(objective)
+    if bound is not None and math.isfinite(slack) and abs(objective - bound.value) <= slack:
+        bound, status = replace(bound, value=objective), Status.OPTIMAL
+    return Solution(
+        keep=keep,
+        objective=objective,
+        sense=problem.sense,
+        status=status,
+        solver=solver,
+        bound=bound,
         stats={} if stats is None else dict(stats),
     )

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.edges.block_common import block_solution
 from topoprune_solvers.problems.blocks import BlockMask
+from topoprune_solvers.result import mask_solution
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["BruteBlocks"]
@@ -42,7 +42,7 @@ class BruteBlocks:
             if problem.violation(keep) is None and (best is None or problem.objective(keep) > problem.objective(best)):
                 best = keep
         assert best is not None, "every block has a mask"
-        return block_solution(problem, best, self.name, bound=Bound(problem.objective(best), "enumeration"))
+        return mask_solution(problem, best, self.name, bound=Bound(problem.objective(best), "enumeration"))
 
 
 register(BruteBlocks())

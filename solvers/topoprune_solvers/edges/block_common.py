@@ -1,19 +1,10 @@
-"""What the N:M solvers share: a dual bound per block, a checked warm start, a finished Solution."""
+"""A dual bound for transposable N:M blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from topoprune_solvers.problems.blocks import BlockMask
-from topoprune_solvers.result import stopped_status
-from topoprune_solvers.solution import Bound, Solution, Status
-
-__all__ = ["block_bound", "block_solution", "block_start", "scaled_prices"]
-
-PROVEN = 1e-9  # relative distance of objective and bound that counts as equal: summation order
+__all__ = ["block_bound", "scaled_prices"]
 
 
 def block_bound(score: np.ndarray, kept: int, row: np.ndarray, column: np.ndarray) -> np.ndarray:
@@ -50,45 +41,3 @@ def _between(value: np.ndarray, kept: int, axis: int) -> np.ndarray:
     place = value.shape[axis] - kept
     part = np.partition(value, (place - 1, place), axis=axis)
     return (np.take(part, place - 1, axis=axis) + np.take(part, place, axis=axis)) / 2
-
-
-def block_start(problem: BlockMask, warm_start: Any) -> np.ndarray | None:
-    """Return a warm start as a flat mask; None if there is none or it breaks the rule.
-
-    Raises:
-        ValueError: a mask of another size, e.g. from another layer.
-    """
-    if warm_start is None:
-        return None
-    start = np.asarray(warm_start, dtype=bool).reshape(-1)
-    if start.size != problem.n:
-        raise ValueError(f"warm_start has {start.size} entries, expected {problem.n}: an edge mask of this problem")
-    return start if problem.violation(start) is None else None
-
-
-def block_solution(
-    problem: BlockMask,
-    keep: np.ndarray,
-    solver: str,
-    *,
-    bound: Bound | None = None,
-    timed_out: bool = False,
-    stats: Mapping[str, Any] | None = None,
-) -> Solution:
-    """Build the Solution of a mask (flat or not): objective and the status the bound allows."""
-    objective = problem.objective(keep)
-    status = stopped_status() if timed_out else Status.FEASIBLE
-    if bound is not None:
-        # A bound below a known objective is rounding: the optimum cannot be beyond it.
-        bound = Bound(max(float(bound.value), objective), bound.source)
-        if bound.value - objective <= PROVEN * abs(objective):
-            status, bound = Status.OPTIMAL, Bound(objective, bound.source)
-    return Solution(
-        keep=keep.reshape(-1),
-        objective=objective,
-        sense=problem.sense,
-        status=status,
-        solver=solver,
-        bound=bound,
-        stats={} if stats is None else dict(stats),
-    )

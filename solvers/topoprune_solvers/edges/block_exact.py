@@ -12,10 +12,10 @@ import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edges.block_assignment import assign_blocks
-from topoprune_solvers.edges.block_common import block_bound, block_solution, block_start
+from topoprune_solvers.edges.block_common import block_bound
 from topoprune_solvers.edges.block_sorting import best_of_groups
 from topoprune_solvers.problems.blocks import BlockMask
-from topoprune_solvers.result import Deadline
+from topoprune_solvers.result import Deadline, mask_solution, mask_start
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["ExactBlocks", "patterns"]
@@ -48,10 +48,10 @@ class ExactBlocks:
     ) -> Solution:
         """Return an optimal mask, or at the time limit the best one known; a feasible warm start (n,) competes."""
         deadline = Deadline.after(time_limit)
-        given = block_start(problem, warm_start)
+        given = mask_start(problem, warm_start)
         if not problem.transposable:
             keep = best_of_groups(problem)
-            return block_solution(problem, keep, self.name, bound=Bound(problem.objective(keep), "sorting"))
+            return mask_solution(problem, keep, self.name, bound=Bound(problem.objective(keep), "sorting"))
         score = problem.blocks(problem.score)
         table = patterns(problem.kept, problem.group)
         source = "dual prices of each block" if table is None else "all patterns of each block"
@@ -75,7 +75,7 @@ class ExactBlocks:
                 bound += float(worth[np.arange(choice.size), choice].sum()) * (1 + 1e-14)
         keep = problem.from_blocks(mask).reshape(-1)
         stats = {"blocks": len(score), "blocks_left_to_greedy": left}
-        return block_solution(problem, keep, self.name, bound=Bound(bound, source), timed_out=left > 0, stats=stats)
+        return mask_solution(problem, keep, self.name, bound=Bound(bound, source), timed_out=left > 0, stats=stats)
 
 
 def _leftover(score: np.ndarray, kept: int, start: np.ndarray | None) -> tuple[np.ndarray, float]:

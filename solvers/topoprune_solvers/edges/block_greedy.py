@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.edges.block_common import block_bound, block_solution, block_start, scaled_prices
+from topoprune_solvers.edges.block_common import block_bound, scaled_prices
 from topoprune_solvers.edges.block_sorting import best_of_groups
 from topoprune_solvers.problems.blocks import BlockMask
-from topoprune_solvers.result import NEVER, Deadline
+from topoprune_solvers.result import NEVER, Deadline, mask_solution, mask_start
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["GreedyBlocks", "greedy_blocks"]
@@ -44,17 +44,17 @@ class GreedyBlocks:
     ) -> Solution:
         """Return the swapped mask or a feasible warm start (n,), whichever is better; the limit ends the swaps."""
         deadline = Deadline.after(time_limit)
-        given = block_start(problem, warm_start)
+        given = mask_start(problem, warm_start)
         if not problem.transposable:
             keep = best_of_groups(problem)
-            return block_solution(problem, keep, self.name, bound=Bound(problem.objective(keep), "sorting"))
+            return mask_solution(problem, keep, self.name, bound=Bound(problem.objective(keep), "sorting"))
         score = problem.blocks(problem.score)
         keep = problem.from_blocks(greedy_blocks(score, problem.kept, deadline)).reshape(-1)
         if given is not None and problem.objective(given) > problem.objective(keep):
             keep = given
         row, column = scaled_prices(score, problem.kept, PRICE_ROUNDS)
         bound = Bound(float(block_bound(score, problem.kept, row, column).sum()), "dual prices of each block")
-        return block_solution(problem, keep, self.name, bound=bound, timed_out=deadline.passed())
+        return mask_solution(problem, keep, self.name, bound=bound, timed_out=deadline.passed())
 
 
 def greedy_blocks(score: np.ndarray, kept: int, deadline: Deadline = NEVER) -> np.ndarray:

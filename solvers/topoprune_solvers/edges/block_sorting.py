@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.edges.block_common import block_solution
 from topoprune_solvers.edges.sorting import keep_best, sorted_lines
 from topoprune_solvers.problems.blocks import BlockMask
+from topoprune_solvers.result import mask_solution
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["RandomBlocks", "SortingBlocks", "best_of_groups"]
@@ -49,7 +49,7 @@ class SortingBlocks:
         if problem.transposable:
             raise ValueError(f"solver {self.name!r} takes no transposable masks; use 'exact' or 'greedy'")
         keep = best_of_groups(problem)
-        return block_solution(problem, keep, self.name, bound=Bound(problem.objective(keep), "sorting"))
+        return mask_solution(problem, keep, self.name, bound=Bound(problem.objective(keep), "sorting"))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RandomBlocks:
         else:
             places = np.tile(np.arange(size), (problem.n // size, 1))
             keep = rng.permuted(places, axis=1) < problem.kept
-        return block_solution(problem, keep, self.name)
+        return mask_solution(problem, keep, self.name)
 
 
 register(SortingBlocks())

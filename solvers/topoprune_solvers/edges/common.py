@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from topoprune_solvers.problems import EdgeSelection
-from topoprune_solvers.result import stopped_status
-from topoprune_solvers.solution import Bound, Solution, Status
+from topoprune_solvers.result import mask_solution, mask_start
+from topoprune_solvers.solution import Bound, Solution
 
 __all__ = [
     "bounded_sides",
@@ -87,18 +86,9 @@ def only_selection(problem: EdgeSelection) -> np.ndarray | None:
 
 
 def edge_start(problem: EdgeSelection, warm_start: Any) -> np.ndarray | None:
-    """Return a warm start as an (n_rows, n_cols) mask; None if there is none or it breaks k or a bound.
-
-    Raises:
-        ValueError: a mask of another size, e.g. from another layer.
-    """
-    if warm_start is None:
-        return None
-    start = np.asarray(warm_start, dtype=bool)
-    if start.size != problem.n:
-        raise ValueError(f"warm_start has {start.size} entries, expected {problem.n}: an edge mask of this problem")
-    start = start.reshape(problem.shape)
-    return start if degrees_allowed(problem, start) else None
+    """Return a warm start as an (n_rows, n_cols) mask, checked as `mask_start` does; None if there is none."""
+    start = mask_start(problem, warm_start)
+    return None if start is None else start.reshape(problem.shape)
 
 
 def edge_solution(
@@ -111,24 +101,7 @@ def edge_solution(
     stats: Mapping[str, Any] | None = None,
 ) -> Solution:
     """Build the Solution of a mask (flat or not): objective and the status the bound allows."""
-    keep = keep.reshape(-1)
-    score, cost = problem.parts(keep)
-    objective = score - cost
-    status = stopped_status() if timed_out else Status.FEASIBLE
-    if bound is not None:
-        # A bound below a known objective is rounding: the optimum cannot be beyond it.
-        bound = Bound(max(float(bound.value), objective), bound.source)
-        # The two parts of the objective may cancel, so the scale is that of its parts.
-        scale = max(abs(objective), abs(score) + abs(cost))
-        if math.isfinite(scale) and bound.value - objective <= PROVEN * scale:
-            status = Status.OPTIMAL
-            bound = Bound(objective, bound.source)
-    return Solution(
-        keep=keep,
-        objective=objective,
-        sense=problem.sense,
-        status=status,
-        solver=solver,
-        bound=bound,
-        stats={} if stats is None else dict(stats),
-    )
+    score, cost = problem.parts(keep.reshape(-1))
+    # The two parts of the objective may cancel, so the scale is that of its parts.
+    slack = PROVEN * (abs(score) + abs(cost))
+    return mask_solution(problem, keep, solver, bound=bound, timed_out=timed_out, slack=slack, stats=stats)

@@ -19,8 +19,9 @@ from topoprune_solvers.edges.common import (
 )
 from topoprune_solvers.edges.greedy import GreedyEdges
 from topoprune_solvers.edges.min_cost_flow import MinCostFlowEdges
+from topoprune_solvers.edges.row_values import budget_price, row_values
 from topoprune_solvers.problems import EdgeSelection
-from topoprune_solvers.solution import Bound, Solution
+from topoprune_solvers.solution import Bound, Solution, best_bound
 
 __all__ = ["CpSatEdges"]
 
@@ -67,7 +68,9 @@ class CpSatEdges:
         if start is None:
             start = _first(problem)
         keep, bound, proven, stats = _search(problem, start.reshape(-1), time_limit, seed)
-        return edge_solution(problem, keep, self.name, bound=Bound(bound, "CP-SAT"), timed_out=not proven, stats=stats)
+        relaxed = Bound(budget_price(row_values(problem), problem.k).bound, "Lagrangian over rows")
+        best = best_bound("max", [relaxed, bound])
+        return edge_solution(problem, keep, self.name, bound=best, timed_out=not proven, stats=stats)
 
 
 def _first(problem: EdgeSelection) -> np.ndarray:
@@ -78,8 +81,8 @@ def _first(problem: EdgeSelection) -> np.ndarray:
 
 def _search(
     problem: EdgeSelection, start: np.ndarray, time_limit: float | None, seed: int
-) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
-    # Returns the mask, an upper bound in units of the objective, whether it was proven, counters.
+) -> tuple[np.ndarray, Bound | None, bool, dict[str, Any]]:
+    # Returns the mask, CP-SAT's upper bound in units of the objective, whether it was proven, counters.
     from ortools.sat.python import cp_model
 
     rows, cols = problem.shape
@@ -141,10 +144,13 @@ def _search(
         # The hint may be cut off by the clock, and the rounded objective may rank a near tie the other way.
         keep = found if problem.objective(found) >= problem.objective(start) else start
     constant = -problem.attachment * rows * float(problem.degree_cost(np.zeros(1))[0])
-    bound = solver.best_objective_bound * unit
     slack = 1e-13 * (abs(constant) + largest * len(terms))  # what the float sums above can have lost
     stats = {"branches": solver.num_branches, "conflicts": solver.num_conflicts}
-    return keep, bound + constant + slack, status == cp_model.OPTIMAL, stats
+    if status == cp_model.UNKNOWN:
+        # Its bound may then be a mere 0, which is no upper bound.
+        return keep, None, False, stats
+    bound = Bound(solver.best_objective_bound * unit + constant + slack, "CP-SAT")
+    return keep, bound, status == cp_model.OPTIMAL, stats
 
 
 register(CpSatEdges())

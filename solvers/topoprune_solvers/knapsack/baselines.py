@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.knapsack.core import Core, core_of, knapsack_solution
+from topoprune_solvers.knapsack.core import Core, core_of
 from topoprune_solvers.knapsack.local_search import best_repaired, repair
 from topoprune_solvers.problems import MultipleChoiceKnapsack
-from topoprune_solvers.result import Deadline
+from topoprune_solvers.result import Deadline, mask_solution
 from topoprune_solvers.solution import Solution
 
 __all__ = ["KnapsackBaseline"]
@@ -48,14 +48,14 @@ class KnapsackBaseline:
         Deadline.after(time_limit)
         core = core_of(problem)
         if core.sites == 0:
-            return knapsack_solution(problem, np.zeros(0, dtype=bool), self.name)
+            return mask_solution(problem, np.zeros(0, dtype=bool), self.name)
         pick = _random(core, seed) if self.name == "random" else _uniform(core)
         if not core.feasible(pick):
             mended = repair(core, pick, np.zeros(core.damage.size))
             if mended is None or not core.feasible(mended):
                 mended = best_repaired(core, [pick], np.zeros(core.resource.size))
             pick = mended
-        return knapsack_solution(problem, core.keep(pick), self.name)
+        return mask_solution(problem, core.keep(pick), self.name)
 
 
 def _random(core: Core, seed: int) -> np.ndarray:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.knapsack.core import knapsack_solution
 from topoprune_solvers.problems import MultipleChoiceKnapsack
+from topoprune_solvers.result import mask_solution
 from topoprune_solvers.solution import Bound, Infeasible, Solution
 
 __all__ = ["BruteKnapsack"]
@@ -53,7 +53,7 @@ class BruteKnapsack:
         if best is None:
             raise Infeasible(f"none of the {tried} combinations of choices keeps all budgets")
         bound = Bound(least, "enumeration of all combinations")
-        return knapsack_solution(problem, best, self.name, bound=bound, stats={"combinations": tried})
+        return mask_solution(problem, best, self.name, bound=bound, stats={"combinations": tried})
 
 
 register(BruteKnapsack())

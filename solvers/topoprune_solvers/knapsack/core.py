@@ -9,7 +9,6 @@ Shape legend: m open choices, a active resources, s sites.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,9 @@ import numpy as np
 
 from topoprune_solvers.problems import MultipleChoiceKnapsack
 from topoprune_solvers.problems.knapsack import BUDGET_TOLERANCE
-from topoprune_solvers.result import stopped_status
-from topoprune_solvers.solution import Bound, Infeasible, Solution, Status
+from topoprune_solvers.solution import Infeasible
 
-__all__ = ["PROVEN", "Core", "NoChoiceFound", "core_of", "knapsack_solution", "start_pick"]
+__all__ = ["PROVEN", "Core", "NoChoiceFound", "core_of", "start_pick"]
 
 PROVEN = 1e-9  # relative distance of objective and bound that counts as equal
 
@@ -171,32 +169,3 @@ def start_pick(core: Core, warm_start: Any) -> np.ndarray | None:
         )
     core.problem.chosen(keep)
     return core.pick_of(keep) if core.problem.violation(keep) is None else None
-
-
-def knapsack_solution(
-    problem: MultipleChoiceKnapsack,
-    keep: np.ndarray,
-    solver: str,
-    *,
-    bound: Bound | None = None,
-    timed_out: bool = False,
-    stats: Mapping[str, Any] | None = None,
-) -> Solution:
-    """Build the Solution: objective, and the status that bound and clock allow."""
-    objective = problem.objective(keep)
-    status = stopped_status() if timed_out else Status.FEASIBLE
-    if bound is not None:
-        apart = abs(objective - bound.value)
-        if apart <= PROVEN * abs(objective):
-            status = Status.OPTIMAL
-            # By no more than this rounding: a bound above the objective is the objective.
-            bound = Bound(min(bound.value, objective), bound.source)
-    return Solution(
-        keep=keep,
-        objective=objective,
-        sense="min",
-        status=status,
-        solver=solver,
-        bound=bound,
-        stats={} if stats is None else dict(stats),
-    )

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.knapsack.core import Core, NoChoiceFound, core_of, knapsack_solution, start_pick
+from topoprune_solvers.knapsack.core import Core, NoChoiceFound, core_of, start_pick
 from topoprune_solvers.knapsack.dual import EPSILON, SOURCE, best_prices
 from topoprune_solvers.knapsack.local_search import best_repaired
 from topoprune_solvers.problems import MultipleChoiceKnapsack
-from topoprune_solvers.result import NEVER, Deadline
+from topoprune_solvers.result import NEVER, Deadline, mask_solution
 from topoprune_solvers.scaling import integer_costs
 from topoprune_solvers.solution import Bound, Infeasible, Solution, best_bound
 
@@ -62,7 +62,7 @@ class CpSatKnapsack:
         deadline = Deadline.after(time_limit)
         core = core_of(problem)
         if core.sites == 0:
-            return knapsack_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
+            return mask_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
         dual = best_prices(core, deadline=deadline)
         pick = start_pick(core, warm_start)
         try:
@@ -86,7 +86,7 @@ class CpSatKnapsack:
         if pick is None:
             raise NoChoiceFound("CP-SAT found no choice within all budgets in time; allow more time_limit")
         bound = best_bound("min", [Bound(dual.value, SOURCE), Bound(outcome.bound, "CP-SAT")])
-        return knapsack_solution(
+        return mask_solution(
             problem,
             core.keep(pick),
             self.name,

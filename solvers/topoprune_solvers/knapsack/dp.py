@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.knapsack.core import PROVEN, core_of, knapsack_solution, start_pick
+from topoprune_solvers.knapsack.core import PROVEN, core_of, start_pick
 from topoprune_solvers.knapsack.dual import SOURCE, best_prices
 from topoprune_solvers.knapsack.layers import open_choices, price_fan, sweep
 from topoprune_solvers.knapsack.local_search import best_repaired
 from topoprune_solvers.problems import MultipleChoiceKnapsack
-from topoprune_solvers.result import Deadline
+from topoprune_solvers.result import Deadline, mask_solution
 from topoprune_solvers.solution import Bound, Solution, best_bound
 
 __all__ = ["DpKnapsack"]
@@ -64,7 +64,7 @@ class DpKnapsack:
                 "use 'exact' or 'lagrangian'"
             )
         if core.sites == 0:
-            return knapsack_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
+            return mask_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
         dual = best_prices(core, deadline=deadline)
         pick = best_repaired(core, dual.picks, dual.price, deadline, known=start_pick(core, warm_start))
         upper, bound = core.objective(pick), Bound(dual.value, SOURCE)
@@ -87,7 +87,7 @@ class DpKnapsack:
             if result.finished and result.dropped == 0:
                 break
         unproven = upper - bound.value > PROVEN * abs(upper)
-        return knapsack_solution(
+        return mask_solution(
             problem,
             core.keep(pick),
             self.name,

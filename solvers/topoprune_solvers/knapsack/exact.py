@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.knapsack.core import PROVEN, Core, NoChoiceFound, core_of, knapsack_solution, start_pick
+from topoprune_solvers.knapsack.core import PROVEN, Core, NoChoiceFound, core_of, start_pick
 from topoprune_solvers.knapsack.dual import SOURCE, Dual, best_prices, reduced_damage
 from topoprune_solvers.knapsack.halves import best_pair, count_partial_picks, partial_picks, split_sites
 from topoprune_solvers.knapsack.local_search import best_repaired
 from topoprune_solvers.problems import MultipleChoiceKnapsack
-from topoprune_solvers.result import NEVER, Deadline
+from topoprune_solvers.result import NEVER, Deadline, mask_solution
 from topoprune_solvers.solution import Bound, Infeasible, Solution
 
 __all__ = ["Closing", "ExactKnapsack", "close_gap", "tightened"]
@@ -70,7 +70,7 @@ class ExactKnapsack:
         deadline = Deadline.after(time_limit)
         core = core_of(problem)
         if core.sites == 0:
-            return knapsack_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
+            return mask_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
         dual = best_prices(core, deadline=deadline)
         warm = start_pick(core, warm_start)
         try:
@@ -98,7 +98,7 @@ class ExactKnapsack:
                 stats.update(branches=outcome.branches, conflicts=outcome.conflicts)
         keep = core.keep(pick)
         unproven = problem.objective(keep) - bound.value > PROVEN * abs(problem.objective(keep))
-        return knapsack_solution(
+        return mask_solution(
             problem, keep, self.name, bound=bound, timed_out=unproven and deadline.passed(), stats=stats
         )
 

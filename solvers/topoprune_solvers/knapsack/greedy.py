@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.knapsack.core import Core, core_of, knapsack_solution, start_pick
+from topoprune_solvers.knapsack.core import Core, core_of, start_pick
 from topoprune_solvers.knapsack.dual import lagrangian_bound
 from topoprune_solvers.knapsack.local_search import best_repaired
 from topoprune_solvers.problems import MultipleChoiceKnapsack
-from topoprune_solvers.result import Deadline
+from topoprune_solvers.result import Deadline, mask_solution
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["GreedyKnapsack", "hull_steps"]
@@ -59,7 +59,7 @@ class GreedyKnapsack:
         deadline = Deadline.after(time_limit)
         core = core_of(problem)
         if core.sites == 0:
-            return knapsack_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
+            return mask_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
         free = np.zeros(core.resource.size)
         bound, pick = lagrangian_bound(core, free)
         price, picks = free, [pick]
@@ -79,7 +79,7 @@ class GreedyKnapsack:
                 weight /= (weight * scale).sum()
         pick = best_repaired(core, picks, price, deadline, known=start_pick(core, warm_start))
         source = "LP relaxation of the added-up budgets" if core.resource.size > 1 else "LP relaxation (hull steps)"
-        return knapsack_solution(
+        return mask_solution(
             problem, core.keep(pick), self.name, bound=Bound(bound, source), timed_out=deadline.passed()
         )
 

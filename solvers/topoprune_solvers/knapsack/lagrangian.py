@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.knapsack.core import core_of, knapsack_solution, start_pick
+from topoprune_solvers.knapsack.core import core_of, start_pick
 from topoprune_solvers.knapsack.dual import SOURCE, best_prices, reduced_damage
 from topoprune_solvers.knapsack.local_search import best_repaired, improve
 from topoprune_solvers.knapsack.neighbourhood import search_neighbourhoods
 from topoprune_solvers.problems import MultipleChoiceKnapsack
-from topoprune_solvers.result import Deadline
+from topoprune_solvers.result import Deadline, mask_solution
 from topoprune_solvers.solution import Bound, Solution
 
 __all__ = ["LagrangianKnapsack"]
@@ -56,14 +56,14 @@ class LagrangianKnapsack:
         deadline = Deadline.after(time_limit)
         core = core_of(problem)
         if core.sites == 0:
-            return knapsack_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
+            return mask_solution(problem, np.zeros(0, dtype=bool), self.name, bound=Bound(0.0, "no sites"))
         dual = best_prices(core, deadline=deadline)
         warm = start_pick(core, warm_start)
         if warm is not None:
             warm = improve(core, warm, reduced_damage(core, dual.price), deadline)
         pick = best_repaired(core, dual.picks, dual.price, deadline, known=warm)
         pick = search_neighbourhoods(core, dual, pick, rounds=self.rounds, seed=seed, deadline=deadline)
-        return knapsack_solution(
+        return mask_solution(
             problem,
             core.keep(pick),
             self.name,

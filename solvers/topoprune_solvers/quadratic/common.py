@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from topoprune_solvers.problems import QuadraticSubset
-from topoprune_solvers.result import Deadline, check_start, stopped_status
-from topoprune_solvers.solution import Bound, Solution, Status, best_bound
+from topoprune_solvers.result import Deadline, check_start, mask_solution
+from topoprune_solvers.solution import Bound, Solution, best_bound
 
 __all__ = ["Search", "affordable", "feasible_start", "resolution", "subset_solution"]
 
@@ -102,21 +102,7 @@ def subset_solution(
         timed_out: whether a limit cut the search short.
         rounding: absolute float resolution of the objective; a bound this close, or within 1e-9, is met.
     """
-    objective = problem.objective(keep)
     bound = best_bound("min", bounds)
-    status = stopped_status() if timed_out else Status.FEASIBLE
-    if bound is not None:
-        if bound.value < 0 or (bound.value == 0 and not objective):
-            bound = Bound(0.0, "damage is never negative")
-        # A bound past the objective by more than rounding is wrong, and `verify` must see it.
-        if abs(objective - bound.value) <= PROVEN * objective + rounding:
-            bound, status = replace(bound, value=objective), Status.OPTIMAL
-    return Solution(
-        keep=keep,
-        objective=objective,
-        sense=problem.sense,
-        status=status,
-        solver=solver,
-        bound=bound,
-        stats={} if stats is None else dict(stats),
-    )
+    if bound is not None and bound.value <= 0:
+        bound = Bound(0.0, "damage is never negative")
+    return mask_solution(problem, keep, solver, bound=bound, timed_out=timed_out, slack=rounding, stats=stats)
