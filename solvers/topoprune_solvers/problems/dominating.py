@@ -45,6 +45,9 @@ class DominatingSet(UnitProblem):
         cost = vector("cost", self.cost, self.n, 1.0, np.float64)
         if cost.size and cost.min() < 0:
             raise ValueError(f"costs must be >= 0, found {cost.min():g} at unit {int(cost.argmin())}")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(cost.sum()):
+                raise ValueError("the costs add up to more than a float64 holds; divide them all by the largest")
         object.__setattr__(self, "cost", cost)
         object.__setattr__(self, "demand", _demand(self.demand, self.n))
         short = np.flatnonzero(self.counts(~self.forbidden) < self.demand)  # type: ignore[operator]
