@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_masks import OPTIMIZERS, drive, naive_masks, random_plan
+from tests.masktools import OPTIMIZERS, drive, naive_masks, random_plan
 from tests.tiny import FAMILIES, build, inputs
 from topoprune import Pruner, Recipe, apply, extract, find_sites, measure_sparsity, solve
 from topoprune.architectures import matrix_parameters

@@ -148,26 +148,30 @@ def test_the_law_holds_in_the_model_on_the_calibration_set(family: str, batch: t
     calibration = inputs(model, *batch, seed=5)
     for site in units_with_consumer(model):
         plan = Plan(find_sites(model), {site.name: drop_half(site)})
-        dense = outputs(model, site, calibration)
+        _, dense = at_consumer(model, site, calibration)
         errors = {}
         for merge in ("none", "least-squares"):
             with apply(model, plan, merge=merge, calibration=[calibration]):  # type: ignore[arg-type]
-                errors[merge] = float((outputs(model, site, calibration) - dense).square().sum(-1).mean())
+                _, merged = at_consumer(model, site, calibration)
+                errors[merge] = float((merged - dense).square().sum(-1).mean())
         assert errors["least-squares"] <= errors["none"] * (1 + 1e-5), site.name
 
 
-def outputs(model: nn.Module, site: Site, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The consumer's outputs at the real tokens of the batch."""
+def at_consumer(model: nn.Module, site: Site, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters and what leaves the site's consumer at the real tokens of the batch."""
     seen: list[torch.Tensor] = []
     assert site.consumer is not None
-    hook = model.get_submodule(site.consumer).register_forward_hook(lambda module, args, out: seen.append(out))
+    hook = model.get_submodule(site.consumer).register_forward_hook(
+        lambda module, args, out: seen.extend((args[0], out))
+    )
     with torch.no_grad():
         model(**batch)
     hook.remove()
     real = batch["attention_mask"] == 1
     if site.stack == "decoder" and "labels" in batch:
         real = batch["labels"] != -100
-    return seen[0].reshape(*real.shape, -1)[real].double()
+    entering, leaving = (values.reshape(*real.shape, -1)[real].double() for values in seen)
+    return entering, leaving
 
 
 # Merges against slow twins
@@ -183,7 +187,7 @@ def test_scale_merge_against_the_formula(family: str) -> None:
         solution = plan.solutions[site.name]
         with torch.no_grad():
             weight = consumer_matrix(site, model.get_submodule(site.consumer).weight).double()  # type: ignore[arg-type]
-        x = consumer_inputs(model, site, batch)
+        x, _ = at_consumer(model, site, batch)
         w = site.unit_width
         added = [x[:, u * w : (u + 1) * w] @ weight[:, u * w : (u + 1) * w].T for u in range(site.n_units)]
         gram = np.array([[float((a * b).sum(1).mean()) for b in added] for a in added])
@@ -198,19 +202,6 @@ def test_scale_merge_against_the_formula(family: str) -> None:
         found = consumer_matrix(site, new[site.writes[0].param])
         kept = torch.from_numpy(np.repeat(solution.keep, w))
         torch.testing.assert_close(found.double()[:, kept], expected[:, kept], rtol=2e-4, atol=1e-5)
-
-
-def consumer_inputs(model: nn.Module, site: Site, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    seen: list[torch.Tensor] = []
-    assert site.consumer is not None
-    hook = model.get_submodule(site.consumer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(**batch)
-    hook.remove()
-    real = batch["attention_mask"] == 1
-    if site.stack == "decoder" and "labels" in batch:
-        real = batch["labels"] != -100
-    return seen[0].reshape(*real.shape, -1)[real].double()
 
 
 def test_scaling_a_dominator_with_equal_contributions_is_exact() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_masks import ATTENTION, random_plan
+from tests.masktools import ATTENTION, random_plan
 from tests.tiny import FAMILIES, HEADS, LAYERS, NEURONS, build
 from topoprune import apply, connectivity_sd, find_sites, measure_sparsity
 from topoprune.architectures import counted_matrices, matrix_parameters

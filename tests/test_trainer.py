@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tests.test_masks import bits
+from tests.masktools import bits
 from tests.tiny import build, inputs
 from topoprune import Recipe, TopoPruneCallback, find_sites, measure_sparsity
 from topoprune.architectures import matrix_parameters
