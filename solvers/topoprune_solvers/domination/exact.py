@@ -119,7 +119,9 @@ class ExactDominatingSet:
             dual = cover_bound(cover, problem.objective(keep), effort=10 * EFFORT, deadline=deadline)
             bound = best_bound("min", [bound, dual])
         assert keep is not None, "the problem was checked to have a cover"
-        timed_out = not outcome.complete and deadline.passed()
+        # Native solvers end a little before the limit they are given, so it need not have passed here.
+        ended = math.isfinite(deadline.at) and "failed" not in outcome.stats
+        timed_out = not outcome.complete and (ended or deadline.passed())
         solution = unit_solution(problem, keep, self.name, bound=bound, timed_out=timed_out, stats=outcome.stats)
         failed = "failed" in outcome.stats and not timed_out and solution.status is not Status.OPTIMAL
         status = Status.FAILED if failed else solution.status
