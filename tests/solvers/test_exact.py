@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from topoprune_solvers import DominatingSet, Solution, Status, solve, solve_many
 from topoprune_solvers.compiled import VARIABLE, enabled
-from topoprune_solvers.domination import exact
+from topoprune_solvers.domination import bitset_search
 from topoprune_solvers.domination.bitset_reductions import cost_step
+from topoprune_solvers.domination.bitset_search import search_small
 from topoprune_solvers.domination.covering import SetCover, cover_of, open_part
-from topoprune_solvers.domination.exact import ExactDominatingSet, minimum_cover, search_small
+from topoprune_solvers.domination.exact import ExactDominatingSet, minimum_cover
 from topoprune_solvers.result import Deadline
 
 MODES = ["1", "0"] if enabled() else ["0"]
@@ -184,7 +185,7 @@ def test_a_problem_beyond_the_budget_of_the_batch_is_searched_alone(mode: str, m
     expected = solve_many(problems, "exact")
     assert any(solution.stats["nodes"] > 5 for solution in expected)
     for name in ("COMPILED", "PYTHON"):
-        monkeypatch.setattr(exact, name, replace(getattr(exact, name), batch=1, call=1, chunk=3))
+        monkeypatch.setattr(bitset_search, name, replace(getattr(bitset_search, name), batch=1, call=1, chunk=3))
     with execution(mode):
         found = solve_many(problems, "exact")
         assert all(same(left, right) for left, right in zip(found, expected, strict=True))
@@ -201,7 +202,9 @@ def test_a_hard_problem_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = DominatingSet(*random_graph(50, 0.12, seed=1))
     expected = solve(problem, "exact").objective
     for name in ("COMPILED", "PYTHON"):
-        monkeypatch.setattr(exact, name, replace(getattr(exact, name), batch=1, call=1, chunk=2, handover=4))
+        monkeypatch.setattr(
+            bitset_search, name, replace(getattr(bitset_search, name), batch=1, call=1, chunk=2, handover=4)
+        )
     solution = solve(problem, "exact")
     assert solution.objective == expected and solution.status is Status.OPTIMAL
     assert solution.bound is not None and solution.bound.source not in ("reductions", "branch and bound")

@@ -11,42 +11,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.compiled import enabled
-from topoprune_solvers.domination.bitset_batch import MOST_UNITS, Batch, Workspace
-from topoprune_solvers.domination.branch_and_bound import (
-    BOUND,
-    COMPLETE,
-    CUTOFF,
-    FOUND,
-    LATER_ELEMENTS,
-    LATER_UNITS,
-    NODES,
-    TAKEN,
-)
+from topoprune_solvers.domination.bitset_batch import MOST_UNITS, Batch
+from topoprune_solvers.domination.bitset_search import CoverOutcome, engine_and_effort, search_small
 from topoprune_solvers.domination.covering import Cover, SetCover, cover_of, open_part
+from topoprune_solvers.domination.exact_large import exact_large
 from topoprune_solvers.domination.greedy import best_greedy_cover, prune_redundant
 from topoprune_solvers.domination.lagrangian import EFFORT, cover_bound
 from topoprune_solvers.problems import DominatingSet
 from topoprune_solvers.result import NEVER, Deadline, check_start, unit_solution
 from topoprune_solvers.solution import Bound, Solution, Status, best_bound
 
-__all__ = ["CoverOutcome", "ExactDominatingSet", "minimum_cover", "search_small"]
-
-
-@dataclass(frozen=True)
-class _Effort:
-    """Search nodes a second, of one problem in a batch, of a call, between two looks at the clock, until hand-over."""
-
-    compiled: bool
-    per_second: float
-    batch: int
-    call: int
-    chunk: int
-    handover: int
-
-
-COMPILED = _Effort(True, 1e5, batch=2_000, call=4_000, chunk=2_000, handover=200_000)
-PYTHON = _Effort(False, 1e3, batch=20, call=40, chunk=20, handover=5_000)
+__all__ = ["ExactDominatingSet", "minimum_cover"]
 
 
 @dataclass(frozen=True)
@@ -128,21 +103,10 @@ class ExactDominatingSet:
         return replace(solution, status=status, seconds=time.perf_counter() - began)
 
 
-def _engine() -> tuple[Any, _Effort]:
-    """Return the module whose functions run, compiled or not, and how much work to give them."""
-    if enabled():
-        from topoprune_solvers.domination import exact_kernels
-
-        return exact_kernels, COMPILED
-    from topoprune_solvers.domination import bitset_batch
-
-    return bitset_batch, PYTHON
-
-
 def _solve_small(problems: Sequence[DominatingSet], name: str, time_limit: float | None) -> list[Solution | None]:
     """Solve problems of at most 64 units in one call; None for what exceeds the node budget and has time left."""
     began = time.perf_counter()
-    engine, effort = _engine()
+    engine, effort = engine_and_effort()
     batch = Batch(problems, effort.compiled)
     nodes = effort.batch if time_limit is None else int(min(effort.batch, time_limit * effort.per_second))
     first = 0
@@ -175,24 +139,6 @@ def _solve_small(problems: Sequence[DominatingSet], name: str, time_limit: float
             )
         )
     return solutions
-
-
-@dataclass(frozen=True, eq=False)
-class CoverOutcome:
-    """What is known of the cheapest cover.
-
-    Args:
-        keep: (n,) bool, or None if there is none within the cutoff or none was found.
-        bound: lower bound on the optimum. source: what proves it.
-        complete: True if `keep` is optimal, or there is proven to be none within the cutoff.
-        stats: counters, and under "failed" what crashed on the way.
-    """
-
-    keep: np.ndarray | None
-    bound: float
-    source: str
-    complete: bool
-    stats: dict[str, Any]
 
 
 def minimum_cover(
@@ -230,47 +176,6 @@ def minimum_cover(
     return CoverOutcome(keep, bound, found.source, found.complete, found.stats)
 
 
-def search_small(instance: SetCover, *, cutoff: float = math.inf, deadline: Deadline = NEVER) -> CoverOutcome:
-    """Search an instance of at most 64 candidates and 64 elements by branch and bound on bit sets.
-
-    Args:
-        instance: as in `minimum_cover`; `keep` of the outcome is a (c,) bool choice of its candidates.
-        cutoff: largest cost of interest. deadline: asked every 50 ms or so.
-    """
-    engine, effort = _engine()
-    work = Workspace(effort.compiled)
-    elements, candidates = instance.n_elements, instance.n_candidates
-    assert elements <= MOST_UNITS and candidates <= MOST_UNITS, "larger instances take the large path"
-    rows, cols = [0] * MOST_UNITS, [0] * MOST_UNITS
-    bounds, row = instance.row_start.tolist(), instance.row.tolist()
-    for e in range(elements):
-        for c in row[bounds[e] : bounds[e + 1]]:
-            rows[e] |= 1 << c
-            cols[c] |= 1 << e
-    masks, numbers, counters = work.state
-    full = work.masks([(1 << elements) - 1, (1 << candidates) - 1])
-    masks[LATER_ELEMENTS], masks[LATER_UNITS] = full[0], full[1]
-    numbers[CUTOFF] = cutoff
-    counters[COMPLETE] = counters[FOUND] = 1
-    cost = work.array(instance.cost.tolist() + [0.0] * (MOST_UNITS - candidates), np.float64)
-    problem = work.masks(rows), work.masks(cols), cost, work.bit
-    work.work[4][:elements] = work.array(instance.demand.tolist(), np.int64)
-    hurry = deadline.passed()
-    limit = 0 if hurry else effort.chunk
-    while not engine.cover_search(problem, work.stack, work.work, work.state, limit, hurry):
-        hurry = deadline.passed() or counters[NODES] >= effort.handover
-        limit += effort.chunk
-    stats = {"nodes": int(counters[NODES])}
-    complete = bool(counters[COMPLETE])
-    source = "branch and bound" if stats["nodes"] else "reductions"
-    if not counters[FOUND]:
-        bound = math.nextafter(cutoff, math.inf) if complete else 0.0
-        return CoverOutcome(None, bound, source, complete, stats)
-    taken = int(masks[TAKEN])
-    keep = np.array([taken >> c & 1 for c in range(candidates)], dtype=bool)
-    return CoverOutcome(keep, float(numbers[BOUND]), source, complete, stats)
-
-
 def _better(one: CoverOutcome, other: CoverOutcome, instance: SetCover) -> CoverOutcome:
     """Return the cheaper cover of two searches with the better bound."""
     stats = {**one.stats, **other.stats}
@@ -286,8 +191,6 @@ def _search_large(
     instance: SetCover, cutoff: float, start: np.ndarray | None, deadline: Deadline, seed: int
 ) -> CoverOutcome:
     """Search an instance of any size."""
-    from topoprune_solvers.domination.exact_large import exact_large
-
     answer = exact_large(instance, start=start, deadline=deadline, seed=seed, cutoff=cutoff)
     keep = answer.chosen
     if keep is not None and instance.value(keep) > cutoff:

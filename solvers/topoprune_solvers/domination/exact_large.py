@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from topoprune_solvers.domination.bitset_search import search_small
 from topoprune_solvers.domination.covering import SetCover
 from topoprune_solvers.domination.cp_sat import cp_sat_task
 from topoprune_solvers.domination.few_picks import few_picks_applies, few_picks_task
@@ -123,8 +124,6 @@ def exact_large(
 
 def _close_small(tally: Tally, deadline: Deadline, seed: int, stats: dict[str, Any]) -> None:
     """Try to solve a small or medium part in this process."""
-    from topoprune_solvers.domination.exact import search_small
-
     instance = tally.instance
     if instance.n_candidates <= SMALL and instance.n_elements <= SMALL:
         outcome = search_small(instance, deadline=deadline)
