@@ -213,8 +213,9 @@ def test_ctrl_c_keeps_the_incumbent_and_leaves_out_the_rest(registered: Any) -> 
         name: str = "endless"
 
         def solve(self, problem: Any, *, warm_start: Any = None, time_limit: Any = None, seed: int = 0) -> Solution:
-            deadline = Deadline.after(60)
-            signal.raise_signal(signal.SIGINT)
+            deadline = Deadline.after(60 if problem.n == 100 else 0)  # not while it warms up
+            if problem.n == 100:
+                signal.raise_signal(signal.SIGINT)
             while not deadline.passed():
                 pass
             return unit_solution(problem, np.ones(problem.n, dtype=bool), self.name, timed_out=True)

@@ -6,10 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
+import numpy as np
+
 from topoprune.comparison_table import Comparison, best_bounds, solver_row
 from topoprune.graph import Graph, ModelGraph
 from topoprune.planning import Plan, solve
-from topoprune_solvers import Capabilities, Solution, Solver, available_solvers, get_solver, solve_many, solver_names
+from topoprune_solvers import (
+    Capabilities,
+    DominatingSet,
+    EdgeSelection,
+    Solution,
+    Solver,
+    adjacency_from_edges,
+    available_solvers,
+    get_solver,
+    solve_many,
+    solver_names,
+)
 from topoprune_solvers.registry import install_hint
 from topoprune_solvers.result import interruptible
 
@@ -31,8 +44,8 @@ def compare(
 
     The bound of a site is the best that any of the solvers proved, so a heuristic without a
     bound of its own is measured too. The first Ctrl-C makes the running solver return its incumbent and
-    leaves out the solvers after it; a second one raises KeyboardInterrupt. On small sites every solver first
-    solves one unmeasured, so that its seconds are not those of loading and compiling.
+    leaves out the solvers after it; a second one raises KeyboardInterrupt. Every solver first solves a
+    small problem unmeasured, so that its seconds are not those of loading and compiling.
 
     Args:
         graph: from `extract`, or a bare `Graph` (see `topoprune.read_graph`): the smallest set of nodes such
@@ -136,9 +149,25 @@ def _first_problem(graph: ModelGraph, request: Mapping[str, Any]) -> Any:
 
 def _warm_up(engine: Solver, problem: Any) -> None:
     """Solve a small problem for the side effects: imports, and kernels loaded or compiled."""
-    if problem.n <= _SMALL and engine.capabilities.max_units is None:
+    if engine.capabilities.max_units is None:
         with suppress(ValueError):  # the measured run says why
-            solve_many([problem], engine, time_limit=1.0)
+            if problem.n <= _SMALL:
+                solve_many([problem], engine, time_limit=1.0)
+            else:
+                solve_many([_small_twin(problem)], engine, time_limit=0.2)
+
+
+def _small_twin(problem: Any) -> Any:
+    """Return a problem of the same type on a random graph of 64 units, or the corner of an edge problem."""
+    if isinstance(problem, EdgeSelection):
+        score = problem.score[:12, :12]
+        return EdgeSelection(score, score.size // 2, attachment=problem.attachment, reading=problem.reading)
+    rng = np.random.default_rng(0)
+    edges = rng.integers(0, _SMALL, (2 * _SMALL, 2))
+    arrays = adjacency_from_edges(_SMALL, edges, rng.random(len(edges)))
+    if isinstance(problem, DominatingSet):
+        return DominatingSet(*arrays)
+    return type(problem)(*arrays, k=_SMALL // 2)
 
 
 class _Ticking:
