@@ -279,7 +279,7 @@ def test_unknown_measure_and_unreadable_graphs(tiny: dict[str, Path], tmp_path: 
 def test_doctor_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(call("doctor", "--json", "-").stdout)
     assert report["packages"]["torch"] == torch.__version__.split()[0]
-    assert "exact" in report["solvers"]["dominating set"] and report["devices"].startswith("cpu")
+    assert "exact" in report["solvers"]["DominatingSet"] and report["devices"].startswith("cpu")
     assert call("--version").stdout.startswith("topoprune 0")
 
 
