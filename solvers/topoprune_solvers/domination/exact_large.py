@@ -37,7 +37,8 @@ __all__ = ["LargeOutcome", "exact_large", "run_local_search"]
 SMALL = 64  # candidates and elements up to which the bit-set branch and bound searches a part
 MEDIUM_ENTRIES = 2_000  # nonzeros up to which CP-SAT gets a part to itself, in this process
 MEDIUM_EFFORT = 1.0  # CP-SAT's deterministic seconds for such a part; what stays open joins the race
-FIRST_STEPS = 20_000  # of local search before anything else: often enough to meet the bound
+MEDIUM_STEPS = 2_000  # of local search before that
+FIRST_STEPS = 100_000  # of local search before anything else on the rest: some tenths of a second
 SEARCH_SHARE = 0.2  # of a time limit for local search in the race ...
 SEARCH_SECONDS = 15.0  # ... and the most it gets
 SLICE_SHARE = 0.3  # of a time limit for each further SAT solver
@@ -133,7 +134,7 @@ def _close_small(tally: Tally, deadline: Deadline, seed: int, stats: dict[str, A
         stats["nodes"] = stats.get("nodes", 0) + outcome.stats.get("nodes", 0)
     elif instance.row.size <= MEDIUM_ENTRIES and _has("ortools") and not deadline.passed():
         found = local_search(
-            instance, tally.chosen, deadline=_share(deadline, 0.02, 0.1), seed=seed, max_steps=FIRST_STEPS // 10
+            instance, tally.chosen, deadline=_share(deadline, 0.02, 0.1), seed=seed, max_steps=MEDIUM_STEPS
         )
         tally.offer(found, "local search")
         # Deterministic time: the same answer on every machine.
