@@ -30,6 +30,7 @@ def before(a, b, score, stamp, cost):  # type: ignore[no-untyped-def]
 
 @kernel
 def sift_up(heap, place, position, score, stamp, cost):  # type: ignore[no-untyped-def]
+    """Move the entry at a position of the heap towards the front, after its score fell. O(log size)."""
     item = heap[position]
     while position > 0:
         parent = (position - 1) // 2
@@ -45,6 +46,7 @@ def sift_up(heap, place, position, score, stamp, cost):  # type: ignore[no-untyp
 
 @kernel
 def sift_down(heap, place, position, size, score, stamp, cost):  # type: ignore[no-untyped-def]
+    """Move the entry at a position of the heap towards the end, after its score rose. O(log size)."""
     item = heap[position]
     while True:
         child = 2 * position + 1

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from topoprune_solvers.csr import read_only
-from topoprune_solvers.solution import Infeasible, Sense
+from topoprune_solvers.problems.edges import EdgeProblem
+from topoprune_solvers.solution import Infeasible
 
 __all__ = ["BlockMask"]
 
 
 @dataclass(frozen=True, eq=False)
-class BlockMask:
+class BlockMask(EdgeProblem):
     """Keep exactly N of every M neighbouring edges (N:M sparsity), with the highest score.
 
     In every group of M consecutive columns of a row exactly N edges stay. A *transposable* mask does so in every
@@ -71,21 +72,6 @@ class BlockMask:
                     f"group that divides {length}"
                 )
         object.__setattr__(self, "score", read_only(score))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n_rows, n_cols)."""
-        return self.score.shape[0], self.score.shape[1]
-
-    @property
-    def n(self) -> int:
-        """Number of candidate edges."""
-        return int(self.score.size)
-
-    @property
-    def sense(self) -> Sense:
-        """This problem maximises."""
-        return "max"
 
     def blocks(self, values: np.ndarray) -> np.ndarray:
         """Return (b, group, group) blocks of an array of n entries, row-major; of a transposable problem."""

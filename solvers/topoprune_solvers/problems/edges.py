@@ -10,11 +10,32 @@ import numpy as np
 from topoprune_solvers.csr import read_only
 from topoprune_solvers.solution import Infeasible, Sense
 
-__all__ = ["EdgeSelection"]
+__all__ = ["EdgeProblem", "EdgeSelection"]
+
+
+class EdgeProblem:
+    """What problems on the edges of one matrix share: flat, row-major keep masks, and a score to maximise."""
+
+    score: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_rows, n_cols)."""
+        return self.score.shape[0], self.score.shape[1]
+
+    @property
+    def n(self) -> int:
+        """Number of candidate edges."""
+        return int(self.score.size)
+
+    @property
+    def sense(self) -> Sense:
+        """This problem maximises."""
+        return "max"
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeSelection:
+class EdgeSelection(EdgeProblem):
     """Problem D: keep exactly k edges of a bipartite layer graph, attachment-weighted.
 
     Maximise ``sum_ij score_ij m_ij - attachment * sum_i f(d_i / n_cols)`` with d_i the number of
@@ -93,21 +114,6 @@ class EdgeSelection:
                 raise Infeasible(f"{side} bounds allow {low.sum()}..{high.sum()} edges, but k={self.k}")
             object.__setattr__(self, f"{side}_min", read_only(low))
             object.__setattr__(self, f"{side}_max", read_only(high))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n_rows, n_cols)."""
-        return self.score.shape[0], self.score.shape[1]
-
-    @property
-    def n(self) -> int:
-        """Number of candidate edges."""
-        return int(self.score.size)
-
-    @property
-    def sense(self) -> Sense:
-        """This problem maximises."""
-        return "max"
 
     def degree_cost(self, degree: np.ndarray) -> np.ndarray:
         """Return f(degree / n_cols), elementwise, without the factor `attachment`."""
