@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from topoprune.comparison_table import Comparison
 from topoprune.files import atomic_path
+
+if TYPE_CHECKING:
+    from topoprune.comparison_table import Comparison
 
 __all__ = ["SUFFIXES", "check_picture_path", "draw_comparison"]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topoprune_solvers import EdgeSelection, Infeasible, solve
-from topoprune_solvers.edges import dual_flow
+from topoprune_solvers.edges import dual_flow, min_cost_flow
 from topoprune_solvers.edges.common import candidate_value, column_limits, degrees_allowed, row_limits
 from topoprune_solvers.edges.core_flow import CoreNetwork
 from topoprune_solvers.edges.count_bound import count_bound
@@ -21,6 +21,7 @@ from topoprune_solvers.edges.dual_flow import DualFlowEdges
 from topoprune_solvers.edges.line_prices import PriceSearch
 from topoprune_solvers.edges.row_values import budget_price, row_values
 from topoprune_solvers.edges.sorting import keep_best, select_edges, sorted_lines, top_edges
+from topoprune_solvers.native import NativeOutcome
 from topoprune_solvers.solution import Status
 
 LAW = settings(max_examples=60, deadline=None)
@@ -306,3 +307,20 @@ def test_a_repair_touches_the_core_only() -> None:
     outside[core] = False
     assert np.array_equal(repaired.reshape(-1)[outside], mask.reshape(-1)[outside])
     assert CoreNetwork(problem, mask, core[:1]).repaired() is None
+
+
+def test_the_flow_solver_is_stopped_at_its_limit_and_survives_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ortools")
+    score = np.random.default_rng(0).random((260, 200))
+    bounds = {"row_max": np.full(260, 110), "col_max": np.full(200, 140)}
+    problem = EdgeSelection(score, score.size // 2, **bounds)
+    best = solve(problem, "min-cost-flow")
+    assert best.status is Status.OPTIMAL
+    stopped = solve(problem, "min-cost-flow", time_limit=0.0)
+    assert stopped.status in (Status.TIME_LIMIT, Status.OPTIMAL) and stopped.objective <= best.objective
+    assert stopped.bound is not None and stopped.bound.value >= best.objective * (1 - 1e-12)
+    crashed = NativeOutcome("crashed", None, "ended by SIGSEGV")
+    monkeypatch.setattr(min_cost_flow, "run_killable", lambda *_, **__: crashed)
+    left = solve(problem, "min-cost-flow")
+    assert left.status is Status.FAILED and left.stats["failed"] == "ended by SIGSEGV"
+    assert np.array_equal(left.keep, stopped.keep)

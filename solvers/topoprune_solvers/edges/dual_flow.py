@@ -12,7 +12,7 @@ from topoprune_solvers.base import Capabilities, register
 from topoprune_solvers.edges.common import bounded_sides, edge_solution, edge_start, only_selection
 from topoprune_solvers.edges.core_flow import CoreNetwork, conflict
 from topoprune_solvers.edges.line_prices import PriceSearch
-from topoprune_solvers.edges.min_cost_flow import optimal_flow
+from topoprune_solvers.edges.optimal_flow import optimal_flow
 from topoprune_solvers.edges.sorting import select_edges
 from topoprune_solvers.problems import EdgeSelection
 from topoprune_solvers.result import Deadline

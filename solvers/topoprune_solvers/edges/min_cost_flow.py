@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
-
 from topoprune_solvers.base import Capabilities, register
-from topoprune_solvers.edges.common import column_limits, edge_solution, only_selection, row_limits
-from topoprune_solvers.edges.core_flow import conflict, flow_scale
+from topoprune_solvers.edges.common import edge_solution, only_selection
+from topoprune_solvers.edges.dual_flow import DualFlowEdges
+from topoprune_solvers.edges.optimal_flow import optimal_flow, run_optimal_flow
+from topoprune_solvers.native import run_killable
 from topoprune_solvers.problems import EdgeSelection
-from topoprune_solvers.solution import Bound, Infeasible, Solution
+from topoprune_solvers.result import Deadline
+from topoprune_solvers.solution import Bound, Solution, Status
 
-__all__ = ["MinCostFlowEdges", "optimal_flow"]
+__all__ = ["MinCostFlowEdges"]
+
+IN_PROCESS = 50_000  # edges, some tenths of a second; larger problems get a process that can be killed
+SOURCE = "minimum-cost flow (OR-Tools)"
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class MinCostFlowEdges:
     def solve(
         self, problem: EdgeSelection, *, warm_start: Any = None, time_limit: float | None = None, seed: int = 0
     ) -> Solution:
-        """Return an optimal selection; the native solver has no time limit, warm start or seed.
+        """Return an optimal selection, or what `dual-flow` finds at once if time runs out or the flow solver fails.
 
         Raises:
             ValueError: attachment > 0.
@@ -58,48 +62,19 @@ class MinCostFlowEdges:
         only = only_selection(problem)
         if only is not None:
             return edge_solution(problem, only, self.name, bound=Bound(problem.objective(only), "only selection"))
-        keep, bound = optimal_flow(problem)
-        return edge_solution(problem, keep, self.name, bound=Bound(bound, "minimum-cost flow (OR-Tools)"))
-
-
-def optimal_flow(problem: EdgeSelection) -> tuple[np.ndarray, float]:
-    """Return an optimal flat mask at attachment 0 and an upper bound on the optimum, equal but for rounding.
-
-    Raises:
-        Infeasible: no k edges meet all bounds; says which bounds contradict each other.
-    """
-    from ortools.graph.python import min_cost_flow
-
-    rows, cols = problem.shape
-    row_low, row_high = row_limits(problem)
-    col_low, col_high = column_limits(problem)
-    capacity = np.ones(problem.n, np.int64) if problem.allowed is None else problem.allowed.reshape(-1).astype(np.int64)
-    source, sink = rows + cols, rows + cols + 1
-
-    largest, steps = flow_scale(problem.score, max(problem.k, sink + 1))
-    value = np.ceil(problem.score.reshape(-1) / largest * steps).astype(np.int64)
-
-    row_of, col_of = np.divmod(np.arange(problem.n), cols)
-    solver = min_cost_flow.SimpleMinCostFlow()
-    edges = solver.add_arcs_with_capacity_and_unit_cost(row_of, rows + col_of, capacity, -value)
-    # Minimum degrees are supplies and demands of the nodes themselves; only the rest passes
-    # through source and sink. So any feasible flow meets them, with no artificial costs.
-    solver.add_arcs_with_capacity_and_unit_cost(
-        np.full(rows, source), np.arange(rows), row_high - row_low, np.zeros(rows, np.int64)
-    )
-    solver.add_arcs_with_capacity_and_unit_cost(
-        rows + np.arange(cols), np.full(cols, sink), col_high - col_low, np.zeros(cols, np.int64)
-    )
-    supply = np.concatenate([row_low, -col_low, [problem.k - row_low.sum(), col_low.sum() - problem.k]])
-    solver.set_nodes_supplies(np.arange(sink + 1), supply)
-    status = solver.solve()
-    if status in (solver.INFEASIBLE, solver.UNBALANCED):
-        raise Infeasible(f"no selection of k={problem.k} edges meets all degree bounds: {conflict(problem)}")
-    if status != solver.OPTIMAL:
-        raise RuntimeError(f"OR-Tools min-cost flow ended with status {status!r} on a {rows} x {cols} problem")
-    keep = solver.flows(edges) > 0
-    # Up, by more than the float division above can have lost.
-    return keep, float(value[keep].sum()) / steps * largest * (1 + 2.0**-49)
+        deadline = Deadline.after(time_limit)
+        if problem.n <= IN_PROCESS:
+            keep, value = optimal_flow(problem)
+            return edge_solution(problem, keep, self.name, bound=Bound(value, SOURCE))
+        # OR-Tools' flow solver knows no time limit, so it runs where it can be killed.
+        first = DualFlowEdges().solve(problem, warm_start=warm_start, time_limit=0.0, seed=seed)
+        outcome = run_killable(f"{run_optimal_flow.__module__}:run_optimal_flow", (problem,), deadline=deadline)
+        if outcome.state == "finished":
+            keep, value = outcome.value
+            return edge_solution(problem, keep, self.name, bound=Bound(value, SOURCE))
+        failed = outcome.state == "crashed" and first.status is not Status.OPTIMAL
+        stopped = edge_solution(problem, first.keep, self.name, bound=first.bound, timed_out=True)
+        return replace(stopped, status=Status.FAILED, stats={"failed": outcome.message}) if failed else stopped
 
 
 register(MinCostFlowEdges())
