@@ -300,7 +300,7 @@ def test_counted_matrices_are_attention_and_ffn(family: str) -> None:
 def test_unknown_model_type_lists_the_known_ones() -> None:
     model = nn.Linear(2, 2)
     model.config = SimpleNamespace(model_type="foo")  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"no adapter for model_type='foo'; known: bert, .*sites=\[Site") as error:
+    with pytest.raises(ValueError, match=r"no adapter for model_type='foo'; known: bart, .*sites=\[Site") as error:
         find_sites(model)
     assert all(name in str(error.value) for name in ADAPTERS)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -21,6 +23,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
@@ -31,6 +35,8 @@ from transformers import (
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 __all__ = ["FAMILIES", "HEADS", "HIDDEN", "LAYERS", "NEURONS", "build", "inputs"]
@@ -105,6 +111,29 @@ def _gpt2() -> nn.Module:
     )
 
 
+def _vit() -> nn.Module:
+    config = {key: value for key, value in _ENCODER.items() if key not in ("vocab_size", "max_position_embeddings")}
+    return ViTForImageClassification(ViTConfig(**config, image_size=8, patch_size=4))
+
+
+_SEQ2SEQ = dict(
+    vocab_size=VOCAB,
+    d_model=HIDDEN,
+    encoder_layers=LAYERS,
+    decoder_layers=LAYERS,
+    encoder_attention_heads=HEADS,
+    decoder_attention_heads=HEADS,
+    encoder_ffn_dim=NEURONS,
+    decoder_ffn_dim=NEURONS,
+    max_position_embeddings=POSITIONS,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=2,
+    forced_eos_token_id=None,
+)
+
+
 _MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**_ENCODER)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER)),
@@ -116,6 +145,9 @@ _MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GQA)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GQA, head_dim=8)),
     "gpt2": _gpt2,
+    "vit": _vit,
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**_SEQ2SEQ)),
+    "marian": lambda: MarianMTModel(MarianConfig(**_SEQ2SEQ)),
 }
 
 
@@ -144,10 +176,13 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {name: _builder(name) for name i
 def inputs(model: nn.Module, batch: int = 3, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return a padded batch for the model: row b has b padding tokens at its end (at least one real).
 
-    Encoder-decoder models also get ``labels`` (length + 1 tokens, padded with -100).
+    Encoder-decoder models also get ``labels`` (length + 1 tokens, padded with -100); ViT gets images alone.
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(seed)
+    if config.model_type == "vit":
+        size = config.image_size
+        return {"pixel_values": torch.randn(batch, config.num_channels, size, size, generator=generator)}
 
     def padded(steps: int, filler: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.randint(3, VOCAB, (batch, steps), generator=generator)

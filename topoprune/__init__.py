@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from topoprune.architectures import find_sites, register_family
+    from topoprune.compaction import compact, kept_units
     from topoprune.comparison import Comparison, compare
     from topoprune.extraction import extract
     from topoprune.graph import BipartiteGraph, Graph, ModelGraph, Site, TensorSlice
@@ -37,10 +38,12 @@ _HOME = {
     "TensorSlice": "graph",
     "TopoPruneCallback": "train",
     "apply": "masks",
+    "compact": "compaction",
     "compare": "comparison",
     "connectivity_sd": "sparsity",
     "extract": "extraction",
     "find_sites": "architectures",
+    "kept_units": "compaction",
     "measure_sparsity": "sparsity",
     "read_graph": "graph_files",
     "register_family": "architectures",
@@ -62,10 +65,12 @@ __all__ = [
     "TensorSlice",
     "TopoPruneCallback",
     "apply",
+    "compact",
     "compare",
     "connectivity_sd",
     "extract",
     "find_sites",
+    "kept_units",
     "measure_sparsity",
     "read_graph",
     "register_family",

@@ -82,16 +82,16 @@ def budget_count(budget: float, site: Site) -> int:
 
     Args:
         budget: how many (int), or what share (float in (0, 1], rounded, at least one unit).
-        site: a site with `n_groups` keeps equally many in each group: a share goes to the nearest such
+        site: a site with `equal_groups` keeps equally many in each group: a share goes to the nearest such
             number, a count must be one.
 
     Raises:
         ValueError: out of range, or no multiple of the number of groups.
     """
     _check_budget(budget)
-    n, groups = site.n_units, max(1, site.n_groups)
+    n, groups = site.n_units, max(1, site.equal_groups)
     if not isinstance(budget, (int, np.integer)):
-        return groups * max(1, math.floor(float(budget) * n / groups + 0.5)) if site.n_groups else _share(budget, n)
+        return groups * max(1, math.floor(float(budget) * n / groups + 0.5)) if site.equal_groups else _share(budget, n)
     if not 1 <= budget <= n:
         raise ValueError(f"budget asks to keep {budget} units of {site.name!r}, which has {n}; expected 1..{n}")
     if budget % groups:
@@ -112,8 +112,8 @@ def site_problem(graph: ModelGraph, site: Site, k: int, objective: str) -> Budge
     """
     similarity = graph.redundancy[site.name]
     shared: dict[str, Any] = {"k": k, "importance": graph.importance.get(site.name)}
-    if site.n_groups:
-        each = k // site.n_groups
+    if site.equal_groups:
+        each = k // site.equal_groups
         shared |= {"group": site.groups, "group_min": each, "group_max": each}
     csr = similarity.indptr, similarity.indices, similarity.weight
     if _objective_type(graph, [site], objective) is SoftDomination:
@@ -145,7 +145,7 @@ def model_problem(
     problem_type = _objective_type(graph, sites, objective)
     if isinstance(floor, bool) or not isinstance(floor, (int, np.integer)) or floor < 1:
         raise ValueError(f"floor is {floor!r}; expected the least number of units of each site, an integer >= 1")
-    tied = [site.name for site in sites if site.n_groups]
+    tied = [site.name for site in sites if site.equal_groups]
     if tied:
         raise ValueError(
             f"scope='model' cannot keep equally many query heads in every KV group of {tied[0]!r}: "

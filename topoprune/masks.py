@@ -23,7 +23,17 @@ from topoprune.graph import Site, structure_digest
 from topoprune.planning import Plan
 from topoprune.repair import Merge, merged_weights
 
-__all__ = ["MaskHandle", "apply", "check_optimizer", "fit_sites", "open_handle", "unwrap"]
+__all__ = [
+    "MaskHandle",
+    "apply",
+    "check_edges",
+    "check_finite_sites",
+    "check_optimizer",
+    "edge_masks",
+    "fit_sites",
+    "open_handle",
+    "unwrap",
+]
 
 _MASKED: weakref.WeakKeyDictionary[nn.Module, MaskHandle] = weakref.WeakKeyDictionary()
 _INCLUDE = {"head": "heads", "kv_group": "heads", "neuron": "neurons", "input_dim": "input_dims"}
@@ -87,7 +97,10 @@ def fit_sites(model: nn.Module, planned: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def _gqa(planned: Iterable[Site]) -> str:
-    return "query-heads" if any(site.n_groups for site in planned) else "groups"
+    grouped = [site for site in planned if site.n_groups]
+    if any(site.unequal for site in grouped):
+        return "any-query-heads"
+    return "query-heads" if grouped else "groups"
 
 
 def apply(
@@ -120,13 +133,13 @@ def apply(
     if open_handle(model) is not None:
         raise ValueError("this model is already pruned by an open MaskHandle; close() it or use its refresh(plan)")
     sites = fit_sites(model, plan.sites)
-    _check_edges(model, sites, plan)
+    check_edges(model, sites, plan)
     if plan.weights_digest and not allow_changed_weights and weights_digest(model, sites) != plan.weights_digest:
         raise ValueError(
             "the model's weights have changed since the plan was made; extract and solve again, "
             "or pass allow_changed_weights=True"
         )
-    _check_finite(model, sites, plan)
+    check_finite_sites(model, sites, plan)
     moments: Mapping[str, torch.Tensor] = {}
     if merge in ("scale", "least-squares"):
         if calibration is None:
@@ -149,7 +162,17 @@ def _renaming(plan: Plan, sites: Sequence[Site]) -> dict[str, str]:
     }
 
 
-def _check_edges(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+def edge_masks(sites: Sequence[Site], plan: Plan) -> dict[str, np.ndarray]:
+    """Return parameter name (of the model whose sites are given) -> bool array, True where an edge stays."""
+    renamed, masks = _renaming(plan, sites), {}
+    for name, (axis, shape) in plan.edge_axes.items():
+        keep = plan.solutions[name].keep.reshape(shape)
+        masks[renamed.get(name, name)] = np.ascontiguousarray(keep if axis == 0 else keep.T)
+    return masks
+
+
+def check_edges(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+    """Raise ValueError unless every parameter whose edges the plan masks is there with its shape."""
     renamed, params = _renaming(plan, sites), dict(model.named_parameters())
     for name, (axis, shape) in plan.edge_axes.items():
         parameter = params.get(renamed.get(name, name))
@@ -162,7 +185,8 @@ def _check_edges(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
             )
 
 
-def _check_finite(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+def check_finite_sites(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+    """Raise ValueError, with the name of the tensor, if anything the plan decides on is not finite."""
     decided, renamed = set(plan.solutions), _renaming(plan, sites)
     names = {piece.param for site in sites if site.name in decided for piece in site.slices}
     names |= {renamed.get(name, name) for name in plan.edge_axes}
@@ -227,11 +251,8 @@ class MaskHandle:
             tensor = params[param]
             broadcast = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
             masks.setdefault(param, []).append(_as_mask(vector, tensor).view(broadcast))
-        renamed = _renaming(plan, self.sites)
-        for name, (axis, shape) in plan.edge_axes.items():
-            keep = plan.solutions[name].keep.reshape(shape)
-            param = renamed.get(name, name)
-            masks.setdefault(param, []).append(_as_mask(keep if axis == 0 else keep.T, params[param]))
+        for param, keep in edge_masks(self.sites, plan).items():
+            masks.setdefault(param, []).append(_as_mask(keep, params[param]))
         return masks
 
     def _stash_one(self, name: str) -> None:
@@ -324,7 +345,7 @@ class MaskHandle:
             ValueError: a plan of another model; nothing is changed then.
         """
         self._require_open()
-        _check_edges(self.model, fit_sites(self.model, plan.sites), plan)
+        check_edges(self.model, fit_sites(self.model, plan.sites), plan)
         if structure_digest(plan.sites) != structure_digest(self.sites):
             raise ValueError("refresh(plan) needs a plan over the same sites as the one in force")
         masks = self._build(plan)

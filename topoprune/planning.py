@@ -49,7 +49,7 @@ class Plan:
 
     Raises:
         ValueError: a solution of an unknown site or of another size, or one that keeps unequal numbers of
-            query heads in the KV groups of a site with `Site.n_groups`.
+            query heads in the KV groups of a site with `Site.equal_groups`.
     """
 
     sites: tuple[Site, ...]
@@ -71,8 +71,8 @@ class Plan:
             if solution.keep.shape != (expected,):
                 raise ValueError(f"plan of {name!r} decides on {solution.keep.shape}, expected ({expected},)")
         for site in self.sites:
-            if site.n_groups and site.name in self.solutions:
-                counts = self.solutions[site.name].keep.reshape(site.n_groups, -1).sum(axis=1)
+            if site.equal_groups and site.name in self.solutions:
+                counts = self.solutions[site.name].keep.reshape(site.equal_groups, -1).sum(axis=1)
                 if counts.min() != counts.max():
                     raise ValueError(
                         f"plan of {site.name!r} keeps {counts.tolist()} query heads in its KV groups, expected equally "
@@ -384,7 +384,7 @@ def solve(
             assert budget is not None
             problems.append(site_problem(graph, site, budget_count(budget, site), objective))
             continue
-        if site.n_groups:
+        if site.equal_groups:
             raise ValueError(
                 f"theta does not say how many query heads each KV group of {site.name!r} keeps, and they must be "
                 "equally many; give budget=, or extract with gqa='groups'"

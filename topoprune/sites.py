@@ -68,9 +68,10 @@ class Site:
         block: ``"attention" | "cross_attention" | "ffn"``.
         head_width: width of one head; 0 outside attention.
         rotary: whether queries and keys are rotated (RoPE), which breaks data-free QK comparison.
-        n_groups: in how many equal runs of units the same number of units must stay; 0 for no such rule.
-            Query heads of grouped-query attention: one run a KV group, since a smaller model is only
-            right if every key/value head serves equally many query heads.
+        n_groups: in how many equal runs the units lie whose tensors in `shared` serve a whole run; 0 for none.
+            Query heads of grouped-query attention: one run a KV group. The same number of units must stay
+            in each, since a smaller model is only right if every key/value head serves equally many query heads.
+        unequal: lift that rule; compaction must then duplicate key/value heads (``duplicate_kv=True``).
         shared: tensors that all units of a run read (key and value heads); they stay, whatever is pruned.
             One run owns `width` indices, as a unit does in `reads`.
     """
@@ -89,6 +90,7 @@ class Site:
     rotary: bool = False
     n_groups: int = 0
     shared: tuple[TensorSlice, ...] = ()
+    unequal: bool = False
 
     def __post_init__(self) -> None:
         if self.n_groups and self.n_units % self.n_groups:
@@ -97,9 +99,14 @@ class Site:
             raise ValueError(f"site {self.name!r} has shared tensors, but n_groups is 0")
 
     @property
+    def equal_groups(self) -> int:
+        """In how many runs the same number of units must stay; 0 without that rule."""
+        return 0 if self.unequal else self.n_groups
+
+    @property
     def groups(self) -> np.ndarray | None:
         """(n_units,) int64, the run of each unit; None without the rule of equal counts."""
-        if not self.n_groups:
+        if not self.equal_groups:
             return None
         return np.arange(self.n_units) // (self.n_units // self.n_groups)
 
@@ -133,6 +140,8 @@ class Site:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description; fields of grouped sites only where they are set, as files had it before."""
         fields = asdict(self)
+        if not self.unequal:
+            del fields["unequal"]
         return fields if self.n_groups else {k: v for k, v in fields.items() if k not in ("n_groups", "shared")}
 
     @classmethod
@@ -159,6 +168,7 @@ def structure_digest(sites: Iterable[Site]) -> str:
             [[t.role, t.axis, t.offset, t.width, list(t.shape)] for t in s.tensors],
             # only where it is set: digests of files written before the field existed stay as they are
             *([s.n_groups] if s.n_groups else []),
+            *(["unequal"] if s.unequal else []),
         ]
         for s in sites
     )

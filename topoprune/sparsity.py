@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from topoprune.graph import Site
+from topoprune.graph import Site, TensorSlice
 
-__all__ = ["Sparsity", "connectivity_sd", "degrees", "measure_sparsity", "row_view"]
+__all__ = ["Sparsity", "connectivity_sd", "degrees", "measure_sparsity", "row_view", "units_zero"]
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,15 @@ def measure_sparsity(model: nn.Module, sites: Sequence[Site]) -> Sparsity:
             continue
         empty = torch.ones(site.n_units, dtype=torch.bool)
         for piece in site.reads:
-            empty &= _units_zero(piece, params[piece.param], site.n_units).cpu()
+            empty &= units_zero(piece, params[piece.param], site.n_units).cpu()
         alive = sum(params[p.param].numel() / p.shape[p.axis] * (1 - dead_share.get(p.param, 0.0)) for p in site.reads)
         gatherable += round(int(empty.sum()) * alive)
     scale = max(total, 1)
     return Sparsity(zero / scale, removable / scale, gatherable / scale, total, kept)
 
 
-def _units_zero(piece: object, tensor: torch.Tensor, n_units: int) -> torch.Tensor:
-    """Return (n_units,) bool: every entry of the unit's slice is zero."""
-    from topoprune.graph import TensorSlice
-
-    assert isinstance(piece, TensorSlice)
+def units_zero(piece: TensorSlice, tensor: torch.Tensor, n_units: int) -> torch.Tensor:
+    """Return (n_units,) bool: every entry of the unit's slice of the parameter is zero."""
     used = tensor.narrow(piece.axis, piece.offset, n_units * piece.width)
     rows = used.movedim(piece.axis, 0).reshape(n_units, -1)
     return torch.count_nonzero(rows, dim=1) == 0
@@ -97,11 +94,11 @@ def _units_zero(piece: object, tensor: torch.Tensor, n_units: int) -> torch.Tens
 def _dead_units(site: Site, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
     silent = torch.ones(site.n_units, dtype=torch.bool)
     for piece in site.writes:
-        silent &= _units_zero(piece, params[piece.param], site.n_units).cpu()
+        silent &= units_zero(piece, params[piece.param], site.n_units).cpu()
     carriers = [p for p in site.reads if p.role.removesuffix("_bias") in ("v", "in", "up")]
     mute = torch.ones(site.n_units, dtype=torch.bool)
     for piece in carriers:
-        mute &= _units_zero(piece, params[piece.param], site.n_units).cpu()
+        mute &= units_zero(piece, params[piece.param], site.n_units).cpu()
     return silent | (mute if carriers else torch.zeros_like(mute))
 
 

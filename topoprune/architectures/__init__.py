@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from topoprune.architectures.bart import BART
 from topoprune.architectures.base import Attention, Family, FeedForward
 from topoprune.architectures.bert import BERT
 from topoprune.architectures.checks import check_sites, counted_matrices, matrix_parameters
@@ -19,6 +20,7 @@ from topoprune.architectures.llama import LLAMA
 from topoprune.architectures.opt import OPT
 from topoprune.architectures.roberta import ROBERTA
 from topoprune.architectures.t5 import T5
+from topoprune.architectures.vit import VIT
 from topoprune.graph import Site
 
 __all__ = [
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {}
-GQA = ("groups", "query-heads")
+GQA = ("groups", "query-heads", "any-query-heads")
 
 
 def register_family(family: Family) -> Family:
@@ -46,7 +48,7 @@ def register_family(family: Family) -> Family:
     return family
 
 
-for _family in (BERT, ROBERTA, DISTILBERT, T5, OPT, LLAMA, GPT2):
+for _family in (BERT, ROBERTA, DISTILBERT, T5, OPT, LLAMA, GPT2, VIT, BART):
     register_family(_family)
 
 
@@ -61,6 +63,8 @@ def find_sites(model: nn.Module, include: Collection[str] = INCLUDES, *, gqa: st
             ``"query-heads"``: query heads (kind ``"head"``, `Site.n_groups` KV groups), of which every plan keeps
             the same number in each group, because transformers assigns query heads to key/value heads by
             position: with unequal counts a cut model would run and be wrong. Keys and values stay whole.
+            ``"any-query-heads"``: query heads without that rule; a model cut by such a plan needs
+            ``compact(..., duplicate_kv=True)``, which gives key/value heads several copies.
             Makes no difference to models without grouped-query attention.
 
     Raises:

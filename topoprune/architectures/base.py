@@ -29,6 +29,9 @@ class Attention:
         head_width: config attribute with the width of a head; None, or an attribute that is
             missing or None, means hidden size / heads.
         rotary: queries and keys are rotated by position (RoPE).
+        attributes: (attribute, meaning) of the module that holds q, to be set when heads are cut out: ``"heads"``
+            the number of query heads, ``"width"`` heads * head width, ``"groups"`` query heads per key/value head.
+        position_bias: every head reads its own column of a bias that all layers share (T5).
     """
 
     q: str
@@ -42,6 +45,8 @@ class Attention:
     kv_heads: str | None = None
     head_width: str | None = None
     rotary: bool = False
+    attributes: tuple[tuple[str, Literal["heads", "width", "groups"]], ...] = ()
+    position_bias: bool = False
 
     @property
     def fused(self) -> bool:
@@ -60,6 +65,7 @@ class FeedForward:
         stack: which stack the block belongs to.
         layers: config attribute with the number of layers.
         width: config attribute with the number of neurons; missing or None means 4 * hidden.
+        activation: config attribute with the name of the activation of a plain block.
         when: (config attribute, value) that must hold for this declaration to apply, or None.
     """
 
@@ -70,6 +76,7 @@ class FeedForward:
     stack: Stack = "encoder"
     layers: str = "num_hidden_layers"
     width: str = "intermediate_size"
+    activation: str = "hidden_act"
     when: tuple[str, bool] | None = None
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ BERT = Family(
             k=f"{_LAYER}.attention.self.key",
             v=f"{_LAYER}.attention.self.value",
             o=f"{_LAYER}.attention.output.dense",
+            attributes=(("num_attention_heads", "heads"), ("all_head_size", "width")),
         ),
         FeedForward(into=f"{_LAYER}.intermediate.dense", out=f"{_LAYER}.output.dense"),
     ),

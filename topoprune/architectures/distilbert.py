@@ -16,8 +16,15 @@ DISTILBERT = Family(
             o=f"{_LAYER}.attention.out_lin",
             layers="n_layers",
             heads="n_heads",
+            attributes=(("n_heads", "heads"),),
         ),
-        FeedForward(into=f"{_LAYER}.ffn.lin1", out=f"{_LAYER}.ffn.lin2", layers="n_layers", width="hidden_dim"),
+        FeedForward(
+            into=f"{_LAYER}.ffn.lin1",
+            out=f"{_LAYER}.ffn.lin2",
+            layers="n_layers",
+            width="hidden_dim",
+            activation="activation",
+        ),
     ),
     hidden="dim",
 )

@@ -1,7 +1,7 @@
 """From a model and its family's declaration to sites.
 
-Every shape is compared with the config, so a model that was already cut physically is refused
-instead of being read wrongly.
+Every shape is compared with the config, so a model that some other tool cut is refused instead of
+being read wrongly; what topoprune compacted says its own sizes in ``config.topoprune``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from topoprune.architectures.base import Attention, Family, FeedForward
 from topoprune.architectures.checks import check_float
 from topoprune.graph import Site, TensorSlice
 
-__all__ = ["INCLUDES", "model_config", "sites_of_family"]
+__all__ = ["INCLUDES", "compacted_sites", "model_config", "sites_of_family"]
 
 INCLUDES = ("heads", "neurons", "input_dims")
 
@@ -29,7 +29,7 @@ def sites_of_family(
         model: a model of the family, with any task head or none.
         family: the declaration.
         include: some of ``"heads"``, ``"neurons"``, ``"input_dims"``.
-        gqa: ``"groups"`` or ``"query-heads"``, see `find_sites`.
+        gqa: ``"groups"``, ``"query-heads"`` or ``"any-query-heads"``, see `find_sites`.
 
     Raises:
         ValueError: a module is missing, ambiguous, quantised, or its shape is not what the
@@ -52,7 +52,7 @@ def sites_of_family(
                 if isinstance(block, Attention):
                     sites += _attention_sites(reader, block, layer, include, gqa)
                 elif "neurons" in include:
-                    sites.append(_neuron_site(reader, block, layer))
+                    sites += _neuron_sites(reader, block, layer)
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has model_type={config.model_type!r}, but none of its modules end in "
@@ -73,6 +73,12 @@ def model_config(model: nn.Module) -> Any:
     return None
 
 
+def compacted_sites(model: nn.Module) -> Mapping[str, Mapping[str, Any]]:
+    """Return site name -> sizes of a compacted model's sites (``config.topoprune``); empty for a dense model."""
+    layout = getattr(model_config(model), "topoprune", None)
+    return layout["sites"] if isinstance(layout, Mapping) else {}
+
+
 def _first_path(block: Attention | FeedForward) -> str:
     return (block.o if isinstance(block, Attention) else block.out).format(layer=0)
 
@@ -83,6 +89,7 @@ class _Reader:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family = family
         self.config = model_config(model)
+        self.compacted = compacted_sites(model)
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules())
         # Tails of every length, so that a lookup is O(1) and an ambiguity is seen.
         self.tails: dict[str, list[str]] = {}
@@ -157,18 +164,29 @@ def _attention_sites(
     hidden, heads = reader.number(reader.family.hidden), reader.number(block.heads)
     kv_heads = reader.optional(block.kv_heads, heads)
     head_width = reader.optional(block.head_width, hidden // heads)
+    name = f"{block.stack}.{layer}.{block.block}"
+    if name in reader.compacted:
+        heads, kv_heads = reader.compacted[name]["heads"], reader.compacted[name]["kv_heads"]
+    if heads == 0:
+        return  # nothing is left to decide on
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide over {kv_heads} key/value heads")
     # Query heads as units: each owns its rows of q and its columns of o, k and v stay with their group.
-    by_query = gqa == "query-heads" and heads > kv_heads
+    by_query = gqa != "groups" and heads > kv_heads
     if by_query and block.fused:
-        raise ValueError(f"gqa='query-heads' needs separate q, k and v projections; {block.q!r} is fused")
+        raise ValueError(f"gqa={gqa!r} needs separate q, k and v projections; {block.q!r} is fused")
     group = 1 if by_query else heads // kv_heads
     sizes = {"q": heads * head_width, "k": kv_heads * head_width, "v": kv_heads * head_width}
     widths = {"q": group * head_width, "k": head_width, "v": head_width}
     paths = {"q": block.q, "k": block.k, "v": block.v}
     total = sum(sizes.values())
-    name = f"{block.stack}.{layer}.{block.block}"
+    groups = _input_groups(block)
+    # Input features of each projection: fewer than the model's width behind a gather.
+    reads_of = {
+        role: reader.compacted.get(f"{name}.{label}", {}).get("kept", hidden)
+        for label, members in groups.items()
+        for role in members
+    }
     shared: dict[str, Any] = dict(
         stack=block.stack, layer=layer, block=block.block, head_width=head_width, rotary=block.rotary
     )
@@ -177,14 +195,15 @@ def _attention_sites(
         offset = 0
         for role, path in paths.items():
             n_out = total if block.fused else sizes[role]
-            reads += reader.producing(path, layer, role, hidden, n_out, offset if block.fused else 0, widths[role])
+            n_in = reads_of["qkv" if block.fused else role]
+            reads += reader.producing(path, layer, role, n_in, n_out, offset if block.fused else 0, widths[role])
             offset += sizes[role]
         consumer, out = reader.reading(block.o, layer, "o", heads * head_width, hidden, group * head_width)
         grouped: dict[str, Any] = {}
         if by_query:
             common = tuple(piece for piece in reads if piece.role.removesuffix("_bias") != "q")
             reads = [piece for piece in reads if piece not in common]
-            grouped = {"n_groups": kv_heads, "shared": common}
+            grouped = {"n_groups": kv_heads, "shared": common, "unequal": gqa == "any-query-heads"}
         yield Site(
             name=name,
             kind="head" if group == 1 else "kv_group",
@@ -197,30 +216,43 @@ def _attention_sites(
             **shared,
         )
     if "input_dims" in include:
-        if block.fused:
-            # One slice: the row of the fused matrix is the row of [Q, K, V].
-            groups = {"input": {"qkv": block.q}}
-        elif block.block == "cross_attention":
-            groups = {"input": {"q": block.q}, "memory": {"k": block.k, "v": block.v}}
-        else:
-            groups = {"input": paths}
         for label, members in groups.items():
+            n_in = reads_of[members[0]]
             pieces = [
-                reader.reading(path, layer, role, hidden, total if block.fused else sizes[role], 1)[1]
-                for role, path in members.items()
+                reader.reading(
+                    paths["q" if block.fused else role],
+                    layer,
+                    role,
+                    n_in,
+                    total if block.fused else sizes[role],
+                    1,
+                )[1]
+                for role in members
             ]
-            yield Site(f"{name}.{label}", "input_dim", hidden, 1, tuple(pieces), **shared)
+            yield Site(f"{name}.{label}", "input_dim", n_in, 1, tuple(pieces), **shared)
 
 
-def _neuron_site(reader: _Reader, block: FeedForward, layer: int) -> Site:
+def _input_groups(block: Attention) -> dict[str, tuple[str, ...]]:
+    """Return which projections read the same input, by the label of its site."""
+    if block.fused:
+        return {"input": ("qkv",)}  # one slice: the row of the fused matrix is the row of [Q, K, V]
+    if block.block == "cross_attention":
+        return {"input": ("q",), "memory": ("k", "v")}
+    return {"input": ("q", "k", "v")}
+
+
+def _neuron_sites(reader: _Reader, block: FeedForward, layer: int) -> Iterator[Site]:
     hidden = reader.number(reader.family.hidden)
-    neurons = reader.optional(block.width, 4 * hidden)
+    name = f"{block.stack}.{layer}.ffn"
+    neurons = reader.compacted.get(name, {}).get("kept", reader.optional(block.width, 4 * hidden))
+    if neurons == 0:
+        return
     reads: list[TensorSlice] = []
     for role, path in block.inputs:
         reads += reader.producing(path, layer, role, hidden, neurons, 0, 1)
     consumer, out = reader.reading(block.out, layer, "out", neurons, hidden, 1)
-    return Site(
-        name=f"{block.stack}.{layer}.ffn",
+    yield Site(
+        name=name,
         kind="neuron",
         n_units=neurons,
         unit_width=1,

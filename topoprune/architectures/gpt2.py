@@ -10,8 +10,21 @@ _FUSED = f"{_LAYER}.attn.c_attn"
 GPT2 = Family(
     model_types=("gpt2",),
     blocks=(
-        Attention(q=_FUSED, k=_FUSED, v=_FUSED, o=f"{_LAYER}.attn.c_proj", stack="decoder"),
-        FeedForward(into=f"{_LAYER}.mlp.c_fc", out=f"{_LAYER}.mlp.c_proj", stack="decoder", width="n_inner"),
+        Attention(
+            q=_FUSED,
+            k=_FUSED,
+            v=_FUSED,
+            o=f"{_LAYER}.attn.c_proj",
+            stack="decoder",
+            attributes=(("num_heads", "heads"), ("split_size", "width")),
+        ),
+        FeedForward(
+            into=f"{_LAYER}.mlp.c_fc",
+            out=f"{_LAYER}.mlp.c_proj",
+            stack="decoder",
+            width="n_inner",
+            activation="activation_function",
+        ),
     ),
     transposed=True,
     refuses=("add_cross_attention",),

@@ -22,6 +22,7 @@ LLAMA = Family(
             kv_heads="num_key_value_heads",
             head_width="head_dim",
             rotary=True,
+            attributes=(("num_key_value_groups", "groups"),),
         ),
         FeedForward(
             gate=f"{_LAYER}.mlp.gate_proj", up=f"{_LAYER}.mlp.up_proj", out=f"{_LAYER}.mlp.down_proj", stack="decoder"

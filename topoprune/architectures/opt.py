@@ -15,7 +15,14 @@ OPT = Family(
             v=f"{_LAYER}.self_attn.v_proj",
             o=f"{_LAYER}.self_attn.out_proj",
             stack="decoder",
+            attributes=(("num_heads", "heads"),),
         ),
-        FeedForward(into=f"{_LAYER}.fc1", out=f"{_LAYER}.fc2", stack="decoder", width="ffn_dim"),
+        FeedForward(
+            into=f"{_LAYER}.fc1",
+            out=f"{_LAYER}.fc2",
+            stack="decoder",
+            width="ffn_dim",
+            activation="activation_function",
+        ),
     ),
 )

@@ -23,6 +23,8 @@ def _attention(stack: Stack, sublayer: int, name: str) -> Attention:
         layers=_LAYERS[stack],
         heads="num_heads",
         head_width="d_kv",
+        attributes=(("n_heads", "heads"), ("inner_dim", "width")),
+        position_bias=True,
     )
 
 
@@ -34,6 +36,7 @@ def _feed_forward(stack: Stack, sublayer: int) -> tuple[FeedForward, FeedForward
         stack=stack,
         layers=_LAYERS[stack],
         width="d_ff",
+        activation="dense_act_fn",
         when=("is_gated_act", False),
     )
     gated = FeedForward(

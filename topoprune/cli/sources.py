@@ -62,7 +62,9 @@ Scope = Annotated[str, typer.Option(help="With --budget: it holds for each site,
 Floor = Annotated[int | None, typer.Option(help="With --scope model: least units to keep in each site (default 1).")]
 Gqa = Annotated[
     str,
-    typer.Option(help="Units of grouped-query attention: groups, or query-heads (equally many stay in every group)."),
+    typer.Option(
+        help="Units of grouped-query attention: groups, query-heads (equally many stay in each) or any-query-heads."
+    ),
 ]
 Limit = Annotated[float | None, typer.Option(help="Seconds a layer.")]
 

@@ -61,8 +61,8 @@ def extract(
         max_tokens: calibration tokens per site; None for all.
         block: units along one side of a distance tile.
         digest_weights: record a digest of all weights read.
-        gqa: units of grouped-query attention, ``"groups"`` or ``"query-heads"``, see `find_sites`; says
-            nothing about `sites` given by hand.
+        gqa: units of grouped-query attention, ``"groups"``, ``"query-heads"`` or ``"any-query-heads"``, see
+            `find_sites`; says nothing about `sites` given by hand.
 
     Returns:
         A `ModelGraph` on the CPU.

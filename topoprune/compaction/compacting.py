@@ -1,0 +1,186 @@
+"""`compact`: cut what a plan prunes out of a model, without changing its function."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from topoprune.architectures import check_sites, find_sites
+from topoprune.compaction.cut import Cut, Gather, make_cut
+from topoprune.compaction.dead import dead_units
+from topoprune.compaction.modeling_topoprune import compact_class, fit_features, patch_module
+from topoprune.extraction.tensors import weights_digest
+from topoprune.graph import Site
+from topoprune.masks import check_edges, check_finite_sites, edge_masks, fit_sites, unwrap
+from topoprune.planning import Plan
+
+__all__ = ["compact", "dress", "prepare"]
+
+
+def compact(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    rounding: int | None = None,
+    gather: Gather = "auto",
+    duplicate_kv: bool = False,
+    inplace: bool = False,
+    allow_changed_weights: bool = False,
+) -> nn.Module:
+    """Remove what a plan prunes; the result computes what the masked model computes.
+
+    Heads, whole KV groups and FFN neurons go from the weights and biases; every layer has a shape of its
+    own, down to zero heads or neurons. The function is that of ``apply(model, plan)`` and never another
+    one: merging and repair are `apply`'s business (``merge=``), whose result can be compacted while the
+    handle is open. Weights stay bit for bit what they were.
+
+    Args:
+        model: masked (by `apply`, or after training with a `Pruner`) or dense; compacted ones too, with a
+            plan made for them.
+        plan: what stays; None for all units that have no effect in the model as it is: zeros on the way in
+            or out, or a constant output, which is folded into the bias behind it.
+        rounding: keep the number of features of every site a multiple of this (8, 16, 32, ...): as many
+            pruned units as it takes stay, as zeros. Better asked for in `solve`, where the budget counts it.
+        gather: input dimensions the plan zeroes. ``"auto"``: an index-gather before a smaller projection
+            where that was measured to be faster here, else they stay as zeros (with a warning that says so).
+            ``"always"``, ``"never"``.
+        duplicate_kv: where query heads per KV group are unequal, give key/value heads copies.
+        inplace: change this model instead of returning a new one. Needs no second copy; optimizers made
+            before lose its parameters (see `Pruner` for training).
+        allow_changed_weights: accept a plan made from other weight values of the same architecture,
+            although what it removes is not zero here.
+
+    Returns:
+        A model of class ``Compact<class>``, whose ``config.topoprune`` says its shapes; or `model`.
+
+    Raises:
+        ValueError: a plan of another model or of other weights, one that was carried out already, quantised or
+            non-finite weights, unequal query heads in a KV group. Nothing is changed.
+
+    Complexity: O(parameters); memory of the smaller model (in place: of its largest matrix).
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from topoprune import extract, solve
+        >>> config = BertConfig(
+        ...     vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+        ... )
+        >>> model = BertModel(config).eval()
+        >>> smaller = compact(model, solve(extract(model, include=("neurons",)), budget=5, problem="neurons"))
+        >>> type(smaller).__name__, smaller.encoder.layer[0].intermediate.dense
+        ('CompactBertModel', Linear(in_features=8, out_features=5, bias=True))
+    """
+    model = unwrap(model)
+    cut = prepare(
+        model,
+        plan,
+        rounding=rounding,
+        gather=gather,
+        duplicate_kv=duplicate_kv,
+        allow_changed_weights=allow_changed_weights,
+    )
+    with torch.no_grad():
+        params = dict(model.named_parameters())
+        fresh = {
+            name: nn.Parameter(cut.tensor(name, params[name].detach()), requires_grad=params[name].requires_grad)
+            for name in sorted(cut.touched)
+        }
+    # Parameters in the memo are taken as they are, so the dense ones are never copied.
+    target = model if inplace else copy.deepcopy(model, {id(params[name]): new for name, new in fresh.items()})
+    if inplace:
+        for name, new in fresh.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, new)
+    dress(target, cut, cut.layout(model))
+    return target
+
+
+def prepare(
+    model: nn.Module,
+    plan: Plan | None,
+    *,
+    rounding: int | None = None,
+    gather: Gather = "auto",
+    duplicate_kv: bool = False,
+    allow_changed_weights: bool = False,
+) -> Cut:
+    """Check everything and return the cut; the model is not touched. Arguments and errors of `compact`."""
+    if rounding is not None and (isinstance(rounding, bool) or not isinstance(rounding, int) or rounding < 1):
+        raise ValueError(f"rounding is {rounding!r}; expected a number of features >= 1, e.g. 8")
+    if gather not in ("auto", "always", "never"):
+        raise ValueError(f"unknown gather {gather!r}; choose from auto, always, never")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            "this model is spread over devices by accelerate's hooks; load it without device_map, compact it, "
+            "save it, and load the compacted model with device_map"
+        )
+    values: dict[str, torch.Tensor] = {}
+    if plan is None:
+        sites = find_sites(model)
+        check_sites(model, sites)
+        plan, values = dead_units(model, sites)
+    else:
+        sites = fit_sites(model, plan.sites)
+        check_edges(model, sites, plan)
+        check_finite_sites(model, sites, plan)
+        _check_weights(model, sites, plan, allow_changed_weights)
+    cut = make_cut(
+        model,
+        sites,
+        plan,
+        edges=edge_masks(sites, plan),
+        rounding=rounding,
+        gather=gather,
+        duplicate_kv=duplicate_kv,
+    )
+    cut.values.update(values)
+    if cut.left:
+        warnings.warn(
+            f"input dimensions of {len(cut.left)} sites ({cut.left[0]}, ...) stay as zeros in the weights: "
+            + ("gather='never'" if gather == "never" else "a gather was not faster here"),
+            stacklevel=3,
+        )
+    return cut
+
+
+def _check_weights(model: nn.Module, sites: tuple[Site, ...], plan: Plan, allowed: bool) -> None:
+    if allowed or not plan.weights_digest or weights_digest(model, sites) == plan.weights_digest:
+        return
+    params = dict(model.named_parameters())
+    by_name = {site.name: site for site in sites}
+    for name, solution in plan.unit_solutions().items():
+        site = by_name[name]
+        for piece in site.writes or site.reads:
+            gone = torch.from_numpy(piece.indices(np.flatnonzero(~solution.keep)))
+            tensor = params[piece.param].detach()
+            if torch.count_nonzero(tensor.index_select(piece.axis, gone.to(tensor.device))):
+                raise ValueError(
+                    f"the model's weights have changed since the plan was made, and what it prunes of {name!r} is not "
+                    "zero: the plan is of another model or revision. Extract and solve again, or pass "
+                    "allow_changed_weights=True"
+                )
+
+
+def dress(model: Any, cut: Cut, layout: dict[str, Any]) -> None:
+    """Make modules, attributes, config and class follow parameters that are cut already, in place."""
+    for name in cut.touched:
+        fit_features(model.get_submodule(name.rpartition(".")[0]))
+    for name, values in cut.attributes.items():
+        for attribute, value in values.items():
+            setattr(model.get_submodule(name), attribute, value)
+    for name, buffers in cut.buffers.items():
+        module = model.get_submodule(name)
+        device = next(module.parameters()).device
+        for buffer, indices in buffers.items():
+            module.register_buffer(buffer, torch.from_numpy(indices.astype(np.int64)).to(device))
+    for name, patch in cut.patches.items():
+        patch_module(model.get_submodule(name), patch)
+    if isinstance(model, PreTrainedModel):
+        model.config.topoprune = layout
+        model.__class__ = compact_class(type(model))
