@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from topoprune.architectures import counted_matrices
+from topoprune.budgets import rounding_step
 from topoprune.extraction import GramCollector, consumer_blocks, named_tensors, site_graph, unit_energy
 from topoprune.graph import Graph, Site
 from topoprune.planning import Plan
 from topoprune.repair import consumer_matrix, least_squares
 from topoprune.sparsity import row_view
+from topoprune.train.body import Body
 from topoprune.train.decision import Decision, expand
 from topoprune.train.recipe import BudgetRecipe
 from topoprune.train.schedule import cubic_ramp, share_out, solve_steps, spread
@@ -34,15 +36,15 @@ class BudgetDriver:
 
     def __init__(
         self,
-        model: nn.Module,
-        sites: Sequence[Site],
+        body: Body,
         recipe: BudgetRecipe,
         total_steps: int,
         steps_per_epoch: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._clock = clock
-        self.model, self.sites, self.recipe = model, tuple(sites), recipe
+        self.body, self.model, self.sites, self.recipe = body, body.model, body.sites, recipe
+        sites = self.sites
         self.steps = solve_steps(total_steps, recipe.ramp, recipe.solves)
         self.heads = [site for site in sites if site.kind in ("head", "kv_group")]
         self.neurons = [site for site in sites if site.kind == "neuron"]
@@ -66,7 +68,9 @@ class BudgetDriver:
     # -- collecting tokens from the training forwards -------------------------------------------
 
     def _watched(self) -> list[Site]:
-        return [s for s in self.heads + self.neurons if self.removed.get(s.name)]
+        """Today's sites whose moments the next decision needs."""
+        now = self.body.now
+        return [now[s.name] for s in self.heads + self.neurons if self.removed.get(s.name) and s.name in now]
 
     @property
     def _tokens_needed(self) -> int:
@@ -146,7 +150,7 @@ class BudgetDriver:
             goal = self.removed.get(site.name, 0)
             live = np.flatnonzero(plan.keep(site.name))
             count = site.n_units - (goal if done == 1.0 else math.floor(goal * done))
-            if count >= live.size:
+            if count >= live.size or site.name not in self.body.now:
                 continue
             started = self._clock()
             graph, importance, moment = self._view(site, live)
@@ -155,7 +159,8 @@ class BudgetDriver:
             solutions[site.name] = expand(solution, live, site.n_units, plan.solutions.get(site.name))
             solved = self._clock()
             if moment is not None and self.recipe.repair != "none":
-                changed |= self._repair(site, solutions[site.name].keep, moment)
+                kept = solutions[site.name].keep[self.body.live[site.name]]
+                changed |= self._repair(self.body.now[site.name], kept, moment)
             seconds["extract"] += extracted - started
             seconds["solve"] += solved - extracted
             seconds["repair"] += self._clock() - solved
@@ -163,10 +168,12 @@ class BudgetDriver:
         return Decision(Plan(self.sites, solutions, request=request), changed, seconds=seconds)
 
     def _view(self, site: Site, live: np.ndarray) -> tuple[Graph, np.ndarray, torch.Tensor | None]:
-        """Return the graph and the importance of the live units, and the consumer's input moment."""
+        """Return the graph and the importance of the live units, and the consumer's input moment (today's inputs)."""
+        at = self.body.positions(site.name, live)
+        site = self.body.now[site.name]
         if site.kind == "input_dim":
             score = _group_norms(self.model, site)
-            return _no_edges(live.size), self._attach(site, score, live), None
+            return _no_edges(live.size), self._attach(site, score, at), None
         assert self._collector is not None
         if not self._collector.tokens[site.name]:
             raise RuntimeError(
@@ -178,20 +185,20 @@ class BudgetDriver:
         energy = unit_energy(consumer_blocks(tensors, site), moment).double().cpu().numpy()
         full = moment if moment.ndim == 2 else None
         if site.kind == "neuron":
-            return _no_edges(live.size), self._attach(site, energy, live), full
-        distance = site_graph(tensors, site, "output-gram", moment).to_dense()[np.ix_(live, live)]
+            return _no_edges(live.size), self._attach(site, energy, at), full
+        distance = site_graph(tensors, site, "output-gram", moment).to_dense()[np.ix_(at, at)]
         _require_finite(site, distance)
-        return Graph.from_dense(distance, normalised=True), energy[live], full
+        return Graph.from_dense(distance, normalised=True), energy[at], full
 
     def _attach(self, site: Site, score: np.ndarray, live: np.ndarray) -> np.ndarray:
         """Return attachment-weighted scores >= 0: relative score minus the slope of Eq. 1's degree cost.
 
-        The degree of a unit is the share of its entries at or above the median of its layer, so
+        The degree of a unit is the share of its entries at or above the median of the layer's live units, so
         that differences show before any weight is zero.
         """
         _require_finite(site, score)
         relative = score[live] / max(score[live].mean(), np.finfo(float).tiny)
-        degree = _relative_degree(self.model, site)[live]
+        degree = _relative_degree(self.model, site, live)
         slope = 1.0 - degree if self.recipe.eq1 == "a" else 1.0 / (degree + 0.01)
         weighted = relative - self.recipe.attachment * slope
         return weighted - weighted.min()
@@ -278,17 +285,25 @@ def _group_norms(model: nn.Module, site: Site) -> np.ndarray:
     return total.numpy()
 
 
-def _relative_degree(model: nn.Module, site: Site) -> np.ndarray:
-    """Return (n,) the share of each unit's matrix entries at or above the median of their tensor.
+def _relative_degree(model: nn.Module, site: Site, live: np.ndarray) -> np.ndarray:
+    """Return (live,) the share of each live unit's matrix entries at or above the median of their tensor.
 
+    Units that are gone count nowhere, so that it makes no difference whether they were zeroed or cut out.
     The median is that of at most 65,536 evenly spaced entries: sorting millions at every decision
     would cost more than all the rest of it.
     """
-    linked, entries = torch.zeros(site.n_units), 0
+    linked, entries = torch.zeros(live.size), 0
+    if live.size == 0:
+        return linked.numpy()
     pieces = {(p.param, p.axis): p for p in site.slices if len(p.shape) == 2}
     for name, axis in pieces:
-        tensor = row_view(model.get_parameter(name).detach(), axis).float().abs()
+        tensor = row_view(model.get_parameter(name).detach(), axis)
+        tensor = tensor[torch.from_numpy(live).to(tensor.device)].float().abs()
+        if site.kind == "input_dim":  # columns of heads that are gone
+            tensor = tensor[:, tensor.any(dim=0)]
         flat = tensor.reshape(-1)
+        if not flat.numel():
+            continue
         middle = flat[:: max(1, flat.numel() // 65536)].median()
         linked += tensor.ge_(middle).sum(dim=1).cpu()
         entries += tensor.shape[1]
@@ -311,37 +326,83 @@ def _edge_matrices(sites: Sequence[Site]) -> dict[str, int]:
 
 def _targets(sites: Sequence[Site], recipe: BudgetRecipe) -> dict[str, int]:
     """Return site name -> number of units to remove in the end; ValueError if it cannot be reached."""
-    heads = [s for s in sites if s.kind in ("head", "kv_group")]
-    neurons = [s for s in sites if s.kind == "neuron"]
-    removed: dict[str, int] = {}
-    everything = sum(s.n_units for s in heads)
-    if recipe.heads is not None:
-        if recipe.heads > everything:
-            raise ValueError(f"heads={recipe.heads} asks for more heads than exist: this model has {everything}")
-        gone = spread(everything - recipe.heads, [s.n_units for s in heads])
-        removed |= {s.name: g for s, g in zip(heads, gone, strict=True)}
-    elif recipe.sparsity is not None:
-        # Rounded down, so that neurons, the finer units, can make up the rest exactly.
-        removed |= {s.name: min(int(recipe.sparsity * s.n_units), s.n_units - 1) for s in heads}
+    steps = {s.name: rounding_step(s, recipe.rounding) if recipe.rounding is not None else 1 for s in sites}
+    removed = _head_targets([s for s in sites if s.kind in ("head", "kv_group")], recipe, steps)
     if recipe.sparsity is not None:
-        total = sum(math.prod(shape) for shape in counted_matrices(sites).values())
-        by_heads = sum(removed[s.name] * s.matrix_parameters_per_unit for s in heads)
-        rest = recipe.sparsity * total - by_heads
-        costs = [s.matrix_parameters_per_unit for s in neurons]
-        if rest < -max(costs, default=0) / 2:
-            raise ValueError(
-                f"keeping {recipe.heads} heads already removes {by_heads / total:.1%}, more than "
-                f"sparsity={recipe.sparsity:.1%}; keep more heads or ask for more sparsity"
-            )
-        try:
-            shares = share_out(max(rest, 0.0), [s.n_units for s in neurons], costs)
-        except ValueError:
-            most = by_heads + sum((s.n_units - 1) * c for s, c in zip(neurons, costs, strict=True))
-            raise ValueError(
-                f"sparsity={recipe.sparsity:.1%} cannot be reached: with {recipe.heads or 'these'} heads and one "
-                f"neuron left in each layer at most {most / total:.1%} of the weights go"
-            ) from None
-        removed |= {s.name: share for s, share in zip(neurons, shares, strict=True)}
+        removed |= _neuron_targets(sites, recipe, steps, removed)
     if recipe.input_dims:
-        removed |= {s.name: round(recipe.input_dims * s.n_units) for s in sites if s.kind == "input_dim"}
+        inputs = [s for s in sites if s.kind == "input_dim"]
+        removed |= {s.name: round(recipe.input_dims * s.n_units) for s in inputs}
+        if recipe.rounding is not None:
+            removed |= {s.name: _upto(s, removed[s.name], steps[s.name], up=True) for s in inputs}
     return removed
+
+
+def _upto(site: Site, removed: int, step: int, *, up: bool) -> int:
+    """Return how many units to remove so that a multiple of step stays: about `removed`, at least one step stays."""
+    kept = site.n_units - removed
+    blocks = kept // step if up else min(-(-kept // step), site.n_units // step)
+    return site.n_units - step * max(1, blocks)
+
+
+def _head_targets(heads: Sequence[Site], recipe: BudgetRecipe, steps: Mapping[str, int]) -> dict[str, int]:
+    if recipe.heads is None:
+        # Rounded down, so that neurons, the finer units, can make up the rest exactly.
+        share = recipe.sparsity or 0.0
+        return {s.name: _upto(s, int(share * s.n_units), steps[s.name], up=False) for s in heads}
+    everything = sum(s.n_units for s in heads)
+    if recipe.heads > everything:
+        raise ValueError(f"heads={recipe.heads} asks for more heads than exist: this model has {everything}")
+    if recipe.rounding is None:
+        gone = spread(everything - recipe.heads, [s.n_units for s in heads])
+        return {s.name: g for s, g in zip(heads, gone, strict=True)}
+    room = [s.n_units // steps[s.name] for s in heads]
+    sizes = sorted({steps[s.name] for s in heads})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"rounding={recipe.rounding} is {' or '.join(map(str, sizes))} heads, depending on the layer: give "
+            "sparsity= alone, which rounds every layer on its own, or no rounding"
+        )
+    step = sizes[0] if sizes else 1
+    blocks, left = divmod(recipe.heads, step)
+    if left or blocks > sum(room):
+        near = [str(b * step) for b in (min(blocks, sum(room)), blocks + 1) if b <= sum(room)]
+        raise ValueError(
+            f"heads={recipe.heads} cannot be rounded: rounding={recipe.rounding} features are {step} heads of a layer "
+            f"here; ask for heads={' or '.join(near)}"
+        )
+    gone = spread(sum(room) - blocks, room)
+    return {s.name: s.n_units - step * (r - g) for s, r, g in zip(heads, room, gone, strict=True)}
+
+
+def _neuron_targets(
+    sites: Sequence[Site], recipe: BudgetRecipe, steps: Mapping[str, int], by_head: Mapping[str, int]
+) -> dict[str, int]:
+    """Return what neurons have to make up for the sparsity that the heads' share leaves."""
+    assert recipe.sparsity is not None
+    neurons = [s for s in sites if s.kind == "neuron"]
+    units, costs = [s.n_units for s in neurons], [s.matrix_parameters_per_unit for s in neurons]
+    own = [steps[s.name] for s in neurons]
+    rounded = recipe.rounding is not None
+    total = sum(math.prod(shape) for shape in counted_matrices(sites).values())
+    by_heads = sum(by_head[s.name] * s.matrix_parameters_per_unit for s in sites if s.name in by_head)
+    rest = recipe.sparsity * total - by_heads
+    # What does not fill a step goes in any case; without rounding that is nothing.
+    least = sum(n % step * cost for n, step, cost in zip(units, own, costs, strict=True))
+    block = max((step * cost for step, cost in zip(own, costs, strict=True)), default=0)
+    if least - rest > (block if rounded else block / 2):
+        what = "rounding every site" if recipe.heads is None else f"keeping {recipe.heads} heads"
+        raise ValueError(
+            f"{what} already removes {(by_heads + least) / total:.1%}, more than "
+            f"sparsity={recipe.sparsity:.1%}; keep more heads or ask for more sparsity"
+        )
+    try:
+        shares = share_out(rest if rounded else max(rest, 0.0), units, costs, own if rounded else None)
+    except ValueError:
+        most = by_heads + sum((n - step) * cost for n, step, cost in zip(units, own, costs, strict=True))
+        left = f"{recipe.rounding} features" if rounded else "one neuron"
+        raise ValueError(
+            f"sparsity={recipe.sparsity:.1%} cannot be reached: with {recipe.heads or 'these'} heads and {left} "
+            f"left in each layer at most {most / total:.1%} of the weights go"
+        ) from None
+    return {s.name: share for s, share in zip(neurons, shares, strict=True)}

@@ -16,6 +16,7 @@ from topoprune.graph import Graph, Site
 from topoprune.planning import Plan, resolve_theta
 from topoprune.repair import merged_weights
 from topoprune.sparsity import row_view
+from topoprune.train.body import Body
 from topoprune.train.decision import Decision, expand
 from topoprune.train.penalties import (
     Scratch,
@@ -37,15 +38,15 @@ class NeuroPruneDriver:
 
     def __init__(
         self,
-        model: nn.Module,
-        sites: Sequence[Site],
+        body: Body,
         recipe: NeuroPruneRecipe,
         total_steps: int,
         steps_per_epoch: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._clock = clock
-        self.model, self.sites, self.recipe = model, tuple(sites), recipe
+        self.body, self.model, self.sites, self.recipe = body, body.model, body.sites, recipe
+        model, sites = body.model, body.sites
         self.steps_per_epoch = steps_per_epoch
         self.attention = [site for site in sites if site.kind in ("head", "kv_group")]
         if recipe.merge == "paper":
@@ -113,14 +114,14 @@ class NeuroPruneDriver:
     def decide(self, step: int, plan: Plan, seed: int) -> Decision:
         """Alg. 2 and 3 on the live heads of every attention layer, with the paper's merge."""
         started = self._clock()
-        graph = extract(
-            self.model, measure="weights-linf", sites=self.attention, include=("heads",), digest_weights=False
-        )
+        heads = self.body.of_kind("head", "kv_group")
+        graph = extract(self.model, measure="weights-linf", sites=heads, include=("heads",), digest_weights=False)
         extracted = self._clock()
         solutions, thetas, fresh = dict(plan.solutions), {}, {}
         for site in self.attention:
             live = np.flatnonzero(plan.keep(site.name))
-            distance = graph.redundancy[site.name].to_dense()[np.ix_(live, live)]
+            at = self.body.positions(site.name, live)
+            distance = graph.redundancy[site.name].to_dense()[np.ix_(at, at)]
             alive = Graph.from_dense(distance)
             thetas[site.name] = resolve_theta(self.recipe.theta, alive)
             near = alive.at_most(thetas[site.name])
@@ -134,7 +135,9 @@ class NeuroPruneDriver:
         solved = self._clock()
         new = Plan(self.sites, solutions, request={**self.recipe.to_dict(), "step": step, "thetas": thetas})
         # Only heads that go now are merged: the columns of those gone before were handed over then.
-        changed = merged_weights(self.model, self.sites, Plan(self.sites, fresh), self.recipe.merge, {})
+        # The paper's merge speaks of FFN columns by head, so heads keep the numbers they had in the beginning.
+        around = (*self.attention, *self.body.of_kind("neuron"))
+        changed = merged_weights(self.model, around, Plan(self.sites, fresh), self.recipe.merge, {})
         done = self._clock()
         return Decision(
             new, changed, thetas, {"extract": extracted - started, "solve": solved - extracted, "repair": done - solved}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from topoprune.budgets import check_rounding
 from topoprune.graph import Graph
 from topoprune.planning import resolve_theta
 from topoprune.repair import Merge
@@ -89,6 +90,9 @@ class BudgetRecipe:
         ridge: of the repair, relative to the mean of the moment's diagonal.
         tokens_per_unit: calibration tokens from training forwards, per input feature.
         solver: registry name of the soft-domination solver for heads.
+        rounding: in the end keep a number of features (units times their width) in every site that is a
+            multiple of this (8, 16, 32, ...), as fast matrix kernels like it. At least `sparsity` is then removed,
+            and less than one such multiple more. `heads` must allow for it.
 
     Raises:
         ValueError: neither sparsity nor heads, numbers out of range, or choices that exclude each other.
@@ -107,8 +111,10 @@ class BudgetRecipe:
     ridge: float = 1e-4
     tokens_per_unit: int = 4
     solver: str = "exact"
+    rounding: int | None = None
 
     def __post_init__(self) -> None:
+        check_rounding(self.rounding)
         if self.sparsity is None and self.heads is None:
             raise ValueError("give sparsity= (share to remove, in [0, 1)) or heads= (how many stay), or both")
         if self.sparsity is not None and not (math.isfinite(self.sparsity) and 0 <= self.sparsity < 1):
@@ -122,6 +128,8 @@ class BudgetRecipe:
         _one_of("repair", self.repair, ("heads", "all", "none"))
         if self.granularity == "edge" and (self.heads is not None or self.input_dims or self.sparsity is None):
             raise ValueError("granularity='edge' takes sparsity= alone; heads= and input_dims= need granularity='unit'")
+        if self.granularity == "edge" and self.rounding is not None:
+            raise ValueError("rounding= counts the features that units keep; it needs granularity='unit'")
         if not 0 <= self.input_dims < 1:
             raise ValueError(f"input_dims is {self.input_dims!r}; the share of input dimensions to zero lies in [0, 1)")
         start, end = self.ramp

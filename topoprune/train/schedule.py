@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -56,7 +57,9 @@ def spread(total: int, capacities: Sequence[int]) -> list[int]:
     return shares
 
 
-def share_out(target: float, units: Sequence[int], costs: Sequence[int]) -> list[int]:
+def share_out(
+    target: float, units: Sequence[int], costs: Sequence[int], steps: Sequence[int] | None = None
+) -> list[int]:
     """Return how many units of each site to remove so that their cost comes nearest to `target`.
 
     All sites lose the same share; one unit of each site always stays. The result misses the
@@ -65,10 +68,18 @@ def share_out(target: float, units: Sequence[int], costs: Sequence[int]) -> list
     Args:
         target: cost to remove, >= 0.
         units: units of each site. costs: cost of one unit of each site.
+        steps: what stays in each site is a multiple of this, and at least one; the result then reaches the
+            target and exceeds it by less than the cost of the dearest step.
 
     Raises:
-        ValueError: the target cannot be reached with one unit left in each site.
+        ValueError: the target cannot be reached with one unit (or step) left in each site; or every site
+            left at a multiple exceeds it by a step.
+
+    >>> share_out(25, [40, 40], [1, 1]), share_out(25, [40, 40], [1, 1], [8, 8])
+    ([12, 13], [16, 16])
     """
+    if steps is not None:
+        return _share_out_steps(target, units, costs, steps)
     room = sum((n - 1) * c for n, c in zip(units, costs, strict=True))
     if target > room + max(costs, default=0) / 2:
         raise ValueError(f"target {target:g} is above the {room} that can be removed")
@@ -84,3 +95,22 @@ def share_out(target: float, units: Sequence[int], costs: Sequence[int]) -> list
         best = max(candidates, key=lambda i: (share * units[i] - removed[i], i))
         removed[best] += 1
         left -= costs[best]
+
+
+def _share_out_steps(target: float, units: Sequence[int], costs: Sequence[int], steps: Sequence[int]) -> list[int]:
+    whole = sum(n * c for n, c in zip(units, costs, strict=True))
+    share = target / whole if whole else 0.0
+    # Kept counts rounded up: fewer go than the share, but for what is above a multiple from the start.
+    kept = [min(math.ceil((1 - share) * n / s - 1e-9), n // s) * s for n, s in zip(units, steps, strict=True)]
+    removed = [n - max(k, s) for n, k, s in zip(units, kept, steps, strict=True)]
+    left = target - sum(r * c for r, c in zip(removed, costs, strict=True))
+    if -left > max((c * s for c, s in zip(costs, steps, strict=True)), default=0):
+        raise ValueError(f"multiples of {list(steps)} units in every site exceed the target {target:g} by {-left:g}")
+    while left > 1e-12 * whole:
+        candidates = [i for i, n in enumerate(units) if removed[i] + 2 * steps[i] <= n]
+        if not candidates:
+            raise ValueError(f"target {target:g} is above the {target - left:g} that can be removed")
+        best = max(candidates, key=lambda i: (share * units[i] - removed[i], i))
+        removed[best] += steps[best]
+        left -= costs[best] * steps[best]
+    return removed
