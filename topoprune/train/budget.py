@@ -120,6 +120,31 @@ class BudgetDriver:
             self._spent += self._collector.seconds
             self._collector = None
 
+    def follow(self, before: Mapping[str, np.ndarray]) -> None:
+        """Go on collecting in a model from which units were cut out since (DDP: later than they were pruned).
+
+        Args:
+            before: site name -> planned units there were until now.
+        """
+        if self._collector is None:
+            return
+        state = self._collector.state_dict()
+        self._close_collector()
+        self._open()
+        assert self._collector is not None
+        sums = {}
+        for site in self._watched():
+            if site.name in state["sums"]:
+                units = np.searchsorted(before[site.name], self.body.live[site.name])
+                width = site.unit_width
+                features = torch.from_numpy((units[:, None] * width + np.arange(width)).reshape(-1))
+                total = state["sums"][site.name]
+                index = features.to(total.device)
+                total = total.index_select(0, index)
+                sums[site.name] = total if total.ndim == 1 else total.index_select(1, index)
+        tokens = {name: count for name, count in state["tokens"].items() if name in self._collector.sites}
+        self._collector.load_state_dict({"sums": sums, "tokens": tokens})
+
     def close(self) -> None:
         """Remove the hooks that collect tokens."""
         self._close_collector()

@@ -62,13 +62,14 @@ def restart_replica(replica: nn.parallel.DistributedDataParallel) -> None:
         "device_ids": replica.device_ids,
         "output_device": replica.output_device,
         "dim": replica.dim,
-        "broadcast_buffers": replica.broadcast_buffers,
         "process_group": replica.process_group,
         "bucket_cap_mb": replica.bucket_bytes_cap / 2**20,
         "find_unused_parameters": replica.find_unused_parameters,
         "gradient_as_bucket_view": replica.gradient_as_bucket_view,
         "static_graph": replica.static_graph,
     }
+    if not replica.broadcast_buffers:  # the default need not be said, and newer versions of torch warn of the name
+        settings["broadcast_buffers"] = False
     module, training = replica.module, replica.training
     for parameter in module.parameters():
         parameter.grad = None  # may be a view into the old buckets

@@ -59,6 +59,9 @@ class NeuroPruneDriver:
     def close(self) -> None:
         """Nothing to remove."""
 
+    def follow(self, before: Mapping[str, np.ndarray]) -> None:
+        """Nothing to adapt: the penalties hold parameters, which stay the same objects."""
+
     def collected_seconds(self) -> float:
         """Nothing is collected in the forwards."""
         return 0.0

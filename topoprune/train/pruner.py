@@ -214,6 +214,7 @@ class Pruner:
     def _shrink(self, optimizer: torch.optim.Optimizer) -> None:
         """Cut out what is masked by now (T10)."""
         started = self._clock()
+        before = dict(self._body.live)
         try:
             gone = self._body.shrink(self._plan, [optimizer])
         except UnknownState as error:
@@ -223,6 +224,7 @@ class Pruner:
         if gone:
             self.handle.close(restore=False)
             self._mask()
+            self._driver.follow(before)
             if self._replica is not None:
                 restart_replica(self._replica)
             self.seconds["apply"] += self._clock() - started
