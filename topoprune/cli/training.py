@@ -21,7 +21,7 @@ _DATA, _METHOD, _TRAINING, _OUTPUT = "Model and data", "Pruning", "Training", "O
 _FLAGS = {
     "dense": (),
     "neuroprune": ("alpha", "beta", "theta", "penalty", "prox_scale", "eq1"),
-    "budget": ("sparsity", "heads", "granularity", "eq1", "solver"),
+    "budget": ("sparsity", "heads", "granularity", "eq1", "solver", "rounding"),
 }
 
 
@@ -71,6 +71,15 @@ def train(
     solver: Annotated[
         str | None, typer.Option(help="budget: solver of the head problem.", rich_help_panel=_METHOD)
     ] = None,
+    rounding: Annotated[
+        int | None, typer.Option(help="budget: keep a multiple of so many features a layer.", rich_help_panel=_METHOD)
+    ] = None,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="Cut out what is pruned during training: later steps are faster.", rich_help_panel=_METHOD
+        ),
+    ] = False,
     epochs: Annotated[float, typer.Option("--epochs", "--num-train-epochs", rich_help_panel=_TRAINING)] = 3.0,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--per-device-train-batch-size", rich_help_panel=_TRAINING)
@@ -107,8 +116,11 @@ def train(
         "heads": heads,
         "granularity": granularity,
         "solver": solver,
+        "rounding": rounding,
     }
     recipe = _recipe(method, {name: value for name, value in given.items() if value is not None})
+    if compact and (recipe is None or granularity == "edge"):
+        raise ValueError("--compact has nothing to cut out with --method dense or --granularity edge")
 
     from topoprune.tasks.classification import Training, train_classifier
     from topoprune.tasks.results import results_table
@@ -133,6 +145,7 @@ def train(
         recipe,
         output_dir=output_dir,
         training=training,
+        compact=compact,
         resume=resume,
         overwrite=overwrite,
         console=console,

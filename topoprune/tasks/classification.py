@@ -70,6 +70,7 @@ def train_classifier(
     *,
     output_dir: str | os.PathLike[str],
     training: Training | None = None,
+    compact: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
@@ -83,6 +84,8 @@ def train_classifier(
         output_dir: gets the model and tokenizer (``save_pretrained``), ``result.json``, and for
             pruned runs ``plan.npz``. Checkpoints of the run lie there until it is complete.
         training: settings.
+        compact: cut out what is pruned while training goes on (T10); the folder then holds the smaller model
+            (load it with `topoprune.load`).
         resume: continue from the newest checkpoint in `output_dir`; all settings must be as before.
         overwrite: delete the checkpoints of an interrupted run there and start anew.
         console: where progress goes (a `rich` console); None is silent.
@@ -104,7 +107,7 @@ def train_classifier(
 
     training = training or Training()
     folder = RunFolder.open(
-        output_dir, _settings(str(model), data, recipe, training), resume=resume, overwrite=overwrite
+        output_dir, _settings(str(model), data, recipe, training, compact), resume=resume, overwrite=overwrite
     )
     set_seed(training.seed)  # the new head's weights
     network = load_classifier(model, data.labels)
@@ -112,7 +115,11 @@ def train_classifier(
     if network.config.pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id
     method = "dense" if recipe is None else str(recipe.to_dict()["method"])
-    pruning = None if recipe is None else TopoPruneCallback(recipe, seed=training.seed)
+    pruning = (
+        None
+        if recipe is None
+        else TopoPruneCallback(recipe, seed=training.seed, compact=compact, resume_from=folder.checkpoint)
+    )
     stop = StopAtStep(console)
     monitor = None if console is None else Monitor(method, console)
     # The pruning callback first: the monitor shows what it adds to the logs.
@@ -140,7 +147,9 @@ def train_classifier(
     # Some models return hidden states beside the logits.
     logits = np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted)
     files = {"model": str(folder.path), "result": str(folder.path / "result.json")}
-    figures: dict[str, Any] = {"method": method, **_scores(logits.argmax(axis=1), data), **_size_figures(network)}
+    pruner = None if pruning is None else pruning.pruner
+    sizes = _size_figures(network, None if pruner is None else pruner.sparsity())
+    figures: dict[str, Any] = {"method": method, **_scores(logits.argmax(axis=1), data), **sizes}
     if recipe is not None and pruning is not None and pruning.pruner is not None:
         files["plan"] = str(pruning.pruner.plan.save(folder.path / "plan.npz"))
         figures |= _decision_figures(recipe, pruning.pruner)
@@ -211,14 +220,14 @@ def _trainer(
     return trainer
 
 
-def _size_figures(network: Any) -> dict[str, Any]:
-    """Return what is left of the model."""
+def _size_figures(network: Any, figures: Any = None) -> dict[str, Any]:
+    """Return what is left of the model; `figures` count what was cut out of it."""
     from topoprune.architectures import find_sites
     from topoprune.sparsity import connectivity_sd, measure_sparsity
 
     sites = find_sites(network)
-    figures = measure_sparsity(network, sites)
-    neurons = {site.name for site in sites if site.kind == "neuron"}
+    figures = measure_sparsity(network, sites) if figures is None else figures
+    neurons = {name for name in figures.kept if name.endswith(".ffn")}
     by_kind: dict[str, Any] = {}
     for label, counts in (
         ("heads", [pair for name, pair in figures.kept.items() if name not in neurons]),
@@ -250,13 +259,18 @@ def _decision_figures(recipe: NeuroPruneRecipe | BudgetRecipe, pruner: Pruner) -
 
 
 def _settings(
-    model: str, data: ClassificationData, recipe: NeuroPruneRecipe | BudgetRecipe | None, training: Training
+    model: str,
+    data: ClassificationData,
+    recipe: NeuroPruneRecipe | BudgetRecipe | None,
+    training: Training,
+    compact: bool,
 ) -> dict[str, Any]:
     """Return what must be the same when a run is resumed."""
     return {
         "model": model,
         "data": data.digest,
         "recipe": None if recipe is None else recipe.to_dict(),
+        **({"compact": True} if compact else {}),  # only where it is set: folders of earlier runs stay readable
         "training": {name: getattr(training, name) for name in training.__dataclass_fields__ if name != "save_steps"},
     }
 

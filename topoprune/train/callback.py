@@ -11,8 +11,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from topoprune.masks import unwrap
+from topoprune.train.body import Body
 from topoprune.train.checkpoint import load_state, save_state
-from topoprune.train.pruner import Pruner, SolveEvent
+from topoprune.train.pruner import Pruner, SolveEvent, live_of_state, sites_of_state
 from topoprune.train.recipe import BudgetRecipe, NeuroPruneRecipe
 
 __all__ = ["STATE_FILE", "TopoPruneCallback"]
@@ -32,21 +34,45 @@ class TopoPruneCallback(TrainerCallback):
         seed: for solvers that draw random numbers.
         resume_from: checkpoint folder to take the pruner state from, if training resumes from
             somewhere other than ``output_dir/checkpoint-<step>``.
+        compact: cut out at once what a decision prunes (T10, see `Pruner`); checkpoints hold the smaller
+            model. To resume, give the checkpoint here (`resume_from`), so that the dense model the Trainer was
+            made with takes its shapes, or give the Trainer ``topoprune.load(checkpoint)`` as its model. On several
+            processes call `lead(trainer)` too.
     """
 
     def __init__(
-        self, recipe: NeuroPruneRecipe | BudgetRecipe, *, seed: int = 0, resume_from: str | None = None
+        self,
+        recipe: NeuroPruneRecipe | BudgetRecipe,
+        *,
+        seed: int = 0,
+        resume_from: str | None = None,
+        compact: bool = False,
     ) -> None:
-        self.recipe, self.seed, self.resume_from = recipe, seed, resume_from
+        self.recipe, self.seed, self.resume_from, self.compact = recipe, seed, resume_from, compact
         self.pruner: Pruner | None = None
         self._news: SolveEvent | None = None
+        self._trainer: Any = None
 
     def lead(self, trainer: Any) -> TopoPruneCallback:
         """Move this callback before the Trainer's reporters, so that they see its figures."""
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
+        self._trainer = trainer
         return self
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give the model the shapes of the checkpoint that training will resume from.
+
+        The Trainer loads a checkpoint's weights before it tells callbacks that training begins.
+        """
+        folder = self.resume_from or args.resume_from_checkpoint
+        model = kwargs.get("model")
+        if self.compact and model is not None and isinstance(folder, str) and (Path(folder) / STATE_FILE).is_file():
+            saved = load_state(Path(folder) / STATE_FILE)
+            sites = sites_of_state(saved)
+            if sites is not None:
+                Body(unwrap(model), sites).take_shape(live_of_state(saved))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,14 +83,20 @@ class TopoPruneCallback(TrainerCallback):
                 "load_best_model_at_end=True would bring back weights from before the last pruning decision; "
                 "set it to False and evaluate the final model"
             )
+        if self.compact and args.world_size > 1 and self._trainer is None:
+            raise ValueError("compact=True on several processes needs the replica: call callback.lead(trainer) first")
         per_epoch = _steps_per_epoch(args, state, kwargs.get("train_dataloader"))
         self.pruner = Pruner(
-            kwargs["model"], self.recipe, total_steps=state.max_steps, steps_per_epoch=per_epoch, seed=self.seed
+            kwargs["model"] if self._trainer is None else self._trainer.model_wrapped,
+            self.recipe,
+            total_steps=state.max_steps,
+            steps_per_epoch=per_epoch,
+            seed=self.seed,
+            compact=self.compact,
+            resume=load_state(self._state_path(args, state)) if state.global_step > 0 else None,
         )
         self.pruner.on_solve = self._remember
         try:
-            if state.global_step > 0:
-                self.pruner.load_state_dict(load_state(self._state_path(args, state)))
             self.pruner.attach(kwargs["optimizer"])
         except Exception:
             self.pruner.close()
