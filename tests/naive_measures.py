@@ -22,6 +22,7 @@ __all__ = [
     "naive_nearest",
     "naive_output_gram",
     "perturbed",
+    "real_tokens",
 ]
 
 DATA_FREE = ("circuit-cosine", "weights-linf")
@@ -102,12 +103,19 @@ def consumer_inputs(
         for handle in handles:
             handle.remove()
         for site in sites:
-            real = batch["attention_mask"] == 1
-            if site.stack == "decoder" and "labels" in batch:
-                real = batch["labels"] != -100
+            real = real_tokens(batch, site, seen[site.name])
             values = seen[site.name].reshape(*real.shape, -1)
             rows[site.name] += [values[b, t] for b in range(len(real)) for t in range(real.shape[1]) if real[b, t]]
     return {name: torch.stack(found) for name, found in rows.items()}
+
+
+def real_tokens(batch: dict[str, torch.Tensor], site: Site, values: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: no padding. Without any mask (images) every patch and the class token are real."""
+    if site.stack == "decoder" and "labels" in batch:
+        return batch["labels"] != -100
+    if "attention_mask" in batch:
+        return batch["attention_mask"] == 1
+    return torch.ones(values.shape[:2], dtype=torch.bool)
 
 
 def naive_output_gram(tensors: dict[str, torch.Tensor], site: Site, rows: torch.Tensor) -> np.ndarray:

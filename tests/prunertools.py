@@ -21,6 +21,8 @@ def batch_of(model: nn.Module, step: int, batch: int = 4, length: int = 6) -> di
     given_ = inputs(model, batch, length, seed=1000 + step)
     if "labels" in given_:
         return given_
+    if "pixel_values" in given_:
+        return given_ | {"labels": torch.arange(batch) % 2}
     if type(model).__name__.endswith("SequenceClassification"):
         return given_ | {"labels": given_["input_ids"][:, 0] % 2}
     return given_ | {"labels": given_["input_ids"].masked_fill(given_["attention_mask"] == 0, -100)}

@@ -17,6 +17,8 @@ from transformers import (
     CamembertModel,
     GPT2Config,
     GPT2Model,
+    MBartConfig,
+    MBartModel,
     MistralConfig,
     MistralModel,
     MT5Config,
@@ -27,7 +29,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from tests.tiny import FAMILIES, HEADS, HIDDEN, LAYERS, NEURONS, build, inputs
+from tests.tiny import FAMILIES, HEADS, HIDDEN, LAYERS, NEURONS, SEQ2SEQ, build, inputs
 from topoprune.architectures import (
     FAMILIES as ADAPTERS,
 )
@@ -44,7 +46,7 @@ from topoprune.extraction import named_tensors, unit_blocks, unit_rows
 from topoprune.graph import Site, TensorSlice, structure_digest
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-TWO_STACKS = ("t5", "t5-gated")
+TWO_STACKS = ("t5", "t5-gated", "bart", "marian")
 GROUPED = ("llama", "qwen2", "qwen3")
 HEAD_WIDTH = {"t5": 8, "t5-gated": 8, "qwen3": 8}
 
@@ -67,7 +69,7 @@ def expected_names(family: str) -> list[str]:
 
 
 def model_stack(family: str) -> str:
-    return "encoder" if family in ("bert", "roberta", "distilbert") else "decoder"
+    return "encoder" if family in ("bert", "roberta", "distilbert", "vit") else "decoder"
 
 
 @every_family
@@ -175,6 +177,23 @@ def test_compiled_and_wrapped_models_have_the_same_structure(family: str) -> Non
     assert structure_digest(find_sites(wrapped)) == expected
 
 
+@every_family
+def test_declared_attributes_say_the_number_of_heads(family: str) -> None:
+    """What compaction sets is what the dense module already says, under this version of transformers."""
+    model = FAMILIES[family]()
+    blocks = {
+        (block.stack, block.block): block
+        for block in ADAPTERS[model.config.model_type].blocks
+        if isinstance(block, Attention)
+    }
+    for site in find_sites(model, ("heads",)):
+        owner = model.get_submodule(site.one("q").param.rsplit(".", 2)[0])
+        per_unit = site.unit_width // site.head_width
+        meanings = {"heads": HEADS, "width": HEADS * site.head_width, "groups": per_unit}
+        declared = blocks[site.stack, site.block].attributes
+        assert {name: getattr(owner, name) for name, _ in declared} == {name: meanings[m] for name, m in declared}
+
+
 def test_bare_model_and_task_head_have_the_same_sites() -> None:
     model = build("bert")
     with_head, bare = find_sites(model), find_sites(model.base_model)
@@ -191,12 +210,15 @@ def test_bare_model_and_task_head_have_the_same_sites() -> None:
         (CamembertConfig, CamembertModel),
         (MistralConfig, MistralModel),
         (MT5Config, MT5Model),
+        (MBartConfig, MBartModel),
     ],
 )
 def test_siblings_share_a_declaration(config: type, kind: type) -> None:
     shape = dict(vocab_size=32, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40)
     if config is MT5Config:
         shape = dict(vocab_size=32, d_model=HIDDEN, d_kv=8, d_ff=40, num_layers=1, num_heads=4)
+    elif config is MBartConfig:
+        shape = SEQ2SEQ
     elif config is MistralConfig:
         shape["num_key_value_heads"] = 2
     assert find_sites(kind(config(**shape)))[0].n_units == (2 if config is MistralConfig else 4)
@@ -225,8 +247,9 @@ def test_unknown_include(include: object) -> None:
         find_sites(build("bert"), include)  # type: ignore[arg-type]
 
 
-def test_cross_attention_reads_two_streams() -> None:
-    sites = {site.name: site for site in find_sites(build("t5"))}
+@pytest.mark.parametrize("family", TWO_STACKS)
+def test_cross_attention_reads_two_streams(family: str) -> None:
+    sites = {site.name: site for site in find_sites(build(family))}
     assert [piece.role for piece in sites["decoder.1.cross_attention.input"].reads] == ["q"]
     assert [piece.role for piece in sites["decoder.1.cross_attention.memory"].reads] == ["k", "v"]
     assert sites["decoder.1.cross_attention"].block == "cross_attention"

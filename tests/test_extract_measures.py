@@ -31,8 +31,9 @@ def test_data_free_distances_equal_their_twin(family: str, measure: str) -> None
         np.testing.assert_allclose(found.to_dense(), twin(tensors, site), atol=2e-5)
 
 
-def test_t5_cross_attention_equals_the_twin() -> None:
-    model = build("t5")
+@pytest.mark.parametrize("family", ["t5", "bart", "marian"])
+def test_cross_attention_equals_the_twin(family: str) -> None:
+    model = build(family)
     tensors = named_tensors(model)
     site = extract(model, include=("heads",)).site("decoder.1.cross_attention")
     np.testing.assert_allclose(
@@ -55,7 +56,7 @@ def test_blocked_equals_unblocked(family: str, measure: str) -> None:
             np.testing.assert_allclose(parts.redundancy[name].weight, graph.weight, atol=3e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "opt", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "t5", "opt", "gpt2", "llama", "vit", "bart"])
 def test_circuit_cosine_ignores_the_basis_of_a_head(family: str) -> None:
     """Q -> QM, K -> KM^-T, V -> VM, O -> M^-1 O leave the function alone, and this distance (not linf)."""
     model = FAMILIES[family]()

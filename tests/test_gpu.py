@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import prunertools
 from tests.masktools import OPTIMIZERS, drive, naive_masks, random_plan
 from tests.tiny import FAMILIES, build, inputs
 from topoprune import Pruner, Recipe, apply, extract, find_sites, measure_sparsity, solve
@@ -25,9 +26,7 @@ def on_gpu(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def batch_of(model: Any, step: int, batch: int = 4) -> dict[str, torch.Tensor]:
-    given = inputs(model, batch, 6, seed=1000 + step)
-    given.setdefault("labels", given["input_ids"][:, 0] % 2 if hasattr(model, "classifier") else given["input_ids"])
-    return {key: value.cuda() for key, value in given.items()}
+    return {key: value.cuda() for key, value in prunertools.batch_of(model, step, batch).items()}
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -142,15 +142,15 @@ def test_a_copy_of_a_masked_model_is_a_free_model_with_zeros() -> None:
 @every_family
 def test_shared_embeddings_stay_tied_and_untouched(family: str) -> None:
     model = build(family)
-    table = model.get_input_embeddings().weight
+    tables = list(model.get_input_embeddings().parameters())
     head = model.get_output_embeddings()
-    before = table.detach().clone()
+    before = [table.detach().clone() for table in tables]
     with apply(model, random_plan(model)) as handle:
-        assert torch.equal(table, before)
-        names = [name for name, p in model.named_parameters() if p is table]
-        assert not set(names) & set(handle.masks())
+        assert tables and all(torch.equal(table, old) for table, old in zip(tables, before, strict=True))
+        names = [name for name, p in model.named_parameters() if any(p is table for table in tables)]
+        assert names and not set(names) & set(handle.masks())
         if head is not None and model.config.tie_word_embeddings:
-            assert head.weight is table
+            assert head.weight is tables[0]
 
 
 # Refreshing
@@ -208,7 +208,7 @@ def test_state_dict_brings_the_masks_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5-gated"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5-gated", "vit", "bart"])
 def test_other_number_formats(family: str, dtype: torch.dtype) -> None:
     model = build(family).to(dtype)
     before = bits(model)
@@ -225,8 +225,9 @@ def test_other_number_formats(family: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("merge", ["scale", "least-squares", "paper"])
-def test_merging_in_bf16(merge: Any) -> None:
-    model = build("bert").to(torch.bfloat16)
+@pytest.mark.parametrize("family", ["bert", "vit", "bart"])
+def test_merging_in_bf16(family: str, merge: Any) -> None:
+    model = build(family).to(torch.bfloat16)
     before = bits(model)
     with apply(model, random_plan(model), merge=merge, calibration=[inputs(model)]):
         assert all(torch.isfinite(p).all() and p.dtype == torch.bfloat16 for p in model.parameters())

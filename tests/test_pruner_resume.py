@@ -89,7 +89,7 @@ def test_resuming_at_any_step_is_the_uninterrupted_run_bit_for_bit(recipe: str, 
         assert pruner.step == straight.step == STEPS
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5-gated", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "t5-gated", "llama", "vit", "bart"])
 def test_resuming_works_for_other_families(family: str, tmp_path: Path) -> None:
     model, optimizer, straight = start(family, RESUMABLE["unit"], adamw)
     straight.attach(optimizer)

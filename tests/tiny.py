@@ -39,7 +39,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-__all__ = ["FAMILIES", "HEADS", "HIDDEN", "LAYERS", "NEURONS", "build", "inputs"]
+__all__ = ["FAMILIES", "HEADS", "HIDDEN", "LAYERS", "NEURONS", "SEQ2SEQ", "build", "drawn", "inputs"]
 
 HIDDEN, HEADS, LAYERS, NEURONS, VOCAB, POSITIONS = 24, 4, 2, 40, 64, 64
 _ENCODER = dict(
@@ -116,7 +116,7 @@ def _vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(**config, image_size=8, patch_size=4))
 
 
-_SEQ2SEQ = dict(
+SEQ2SEQ = dict(
     vocab_size=VOCAB,
     d_model=HIDDEN,
     encoder_layers=LAYERS,
@@ -146,16 +146,21 @@ _MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GQA, head_dim=8)),
     "gpt2": _gpt2,
     "vit": _vit,
-    "bart": lambda: BartForConditionalGeneration(BartConfig(**_SEQ2SEQ)),
-    "marian": lambda: MarianMTModel(MarianConfig(**_SEQ2SEQ)),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**SEQ2SEQ)),
+    "marian": lambda: MarianMTModel(MarianConfig(**SEQ2SEQ)),
 }
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
     """Return the tiny model of a family in eval mode; the same seed gives the same weights."""
+    return drawn(_MODELS[name], seed)
+
+
+def drawn(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """Return what `make` builds, in eval mode, with weights and biases drawn wide."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _MODELS[name]().eval()
+        model = make().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn(parameter.shape)

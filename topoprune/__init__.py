@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from topoprune.architectures import find_sites, register_family
-    from topoprune.compaction import compact, kept_units
+    from topoprune.compaction import (
+        Equivalence,
+        check_equivalence,
+        compact,
+        export,
+        kept_units,
+        load,
+        push_to_hub,
+        save,
+    )
     from topoprune.comparison import Comparison, compare
     from topoprune.extraction import extract
     from topoprune.graph import BipartiteGraph, Graph, ModelGraph, Site, TensorSlice
@@ -27,6 +36,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BipartiteGraph": "graph",
     "Comparison": "comparison",
+    "Equivalence": "compaction",
     "Graph": "graph",
     "MaskHandle": "masks",
     "ModelGraph": "graph",
@@ -38,15 +48,20 @@ _HOME = {
     "TensorSlice": "graph",
     "TopoPruneCallback": "train",
     "apply": "masks",
+    "check_equivalence": "compaction",
     "compact": "compaction",
     "compare": "comparison",
     "connectivity_sd": "sparsity",
+    "export": "compaction",
     "extract": "extraction",
     "find_sites": "architectures",
     "kept_units": "compaction",
+    "load": "compaction",
     "measure_sparsity": "sparsity",
+    "push_to_hub": "compaction",
     "read_graph": "graph_files",
     "register_family": "architectures",
+    "save": "compaction",
     "solve": "planning",
     "write_graph": "graph_files",
 }
@@ -54,6 +69,7 @@ _HOME = {
 __all__ = [
     "BipartiteGraph",
     "Comparison",
+    "Equivalence",
     "Graph",
     "MaskHandle",
     "ModelGraph",
@@ -65,15 +81,20 @@ __all__ = [
     "TensorSlice",
     "TopoPruneCallback",
     "apply",
+    "check_equivalence",
     "compact",
     "compare",
     "connectivity_sd",
+    "export",
     "extract",
     "find_sites",
     "kept_units",
+    "load",
     "measure_sparsity",
+    "push_to_hub",
     "read_graph",
     "register_family",
+    "save",
     "solve",
     "write_graph",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,17 @@ from topoprune_solvers import (
 from topoprune_solvers import solve as solve_one
 from topoprune_solvers.result import unit_solution
 
-__all__ = ["Joint", "Objective", "budget_count", "model_problem", "site_problem", "solve_model"]
+__all__ = [
+    "Joint",
+    "Objective",
+    "budget_count",
+    "check_rounding",
+    "model_problem",
+    "rounded_counts",
+    "rounding_step",
+    "site_problem",
+    "solve_model",
+]
 
 Objective = Literal["k-centre", "soft"]
 OBJECTIVES = ("k-centre", "soft")
@@ -77,31 +87,92 @@ class Joint:
         return cls(**fields)
 
 
-def budget_count(budget: float, site: Site) -> int:
+def check_rounding(rounding: Any) -> None:
+    """Raise ValueError unless rounding is None or a number of features >= 1."""
+    if rounding is None:
+        return
+    if isinstance(rounding, bool) or not isinstance(rounding, (int, np.integer)) or rounding < 1:
+        raise ValueError(f"rounding is {rounding!r}; expected a number of features >= 1, e.g. 8")
+
+
+def rounding_step(site: Site, rounding: int | None) -> int:
+    """Return how many units stay or go together: counts that are multiples of it keep what is asked.
+
+    Args:
+        site: its features are units times `unit_width`; with `equal_groups` equally many units stay in each.
+        rounding: the number of features that is kept shall be a multiple of this; None for any number.
+
+    Raises:
+        ValueError: the site has fewer features than one such multiple.
+
+    Example:
+        >>> rounding_step(Site("attention", "head", 12, 32, ()), 64), rounding_step(Site("ffn", "neuron", 40, 1, ()), 8)
+        (2, 8)
+    """
+    check_rounding(rounding)
+    groups = max(1, site.equal_groups)
+    if rounding is None:
+        return groups
+    step = math.lcm(int(rounding) // math.gcd(int(rounding), max(1, site.unit_width)), groups)
+    if step > site.n_units:
+        together = f" and {groups} KV groups that keep equally many" if site.equal_groups else ""
+        raise ValueError(
+            f"rounding={rounding} cannot be met in {site.name!r}: {site.n_units} units of width {site.unit_width} are "
+            f"{site.n_units * site.unit_width} features{together}, and the least that would do is {step} units; "
+            "ask for a smaller rounding"
+        )
+    return step
+
+
+def budget_count(budget: float, site: Site, rounding: int | None = None) -> int:
     """Turn a budget into a number of units to keep in one site.
 
     Args:
         budget: how many (int), or what share (float in (0, 1], rounded, at least one unit).
         site: a site with `equal_groups` keeps equally many in each group: a share goes to the nearest such
             number, a count must be one.
+        rounding: the number of features kept (units times `unit_width`) is a multiple of this: a share is then
+            rounded *down* to such a number (at least one multiple), a count must be one.
 
     Raises:
-        ValueError: out of range, or no multiple of the number of groups.
+        ValueError: out of range, or no multiple of the number of groups or of `rounding`.
+
+    Example:
+        >>> ffn = Site("ffn", "neuron", 100, 1, ())
+        >>> budget_count(0.5, ffn), budget_count(0.5, ffn, rounding=16), budget_count(0.01, ffn, rounding=16)
+        (50, 48, 16)
     """
     _check_budget(budget)
-    n, groups = site.n_units, max(1, site.equal_groups)
+    n, groups, step = site.n_units, max(1, site.equal_groups), rounding_step(site, rounding)
     if not isinstance(budget, (int, np.integer)):
+        if rounding is not None:
+            return step * max(1, _whole_steps(budget, n, step))
         return groups * max(1, math.floor(float(budget) * n / groups + 0.5)) if site.equal_groups else _share(budget, n)
     if not 1 <= budget <= n:
         raise ValueError(f"budget asks to keep {budget} units of {site.name!r}, which has {n}; expected 1..{n}")
     if budget % groups:
-        below = budget // groups * groups
-        options = [str(count) for count in (below, below + groups) if 1 <= count <= n]
         raise ValueError(
             f"budget asks to keep {budget} of the {n} query heads of {site.name!r}, which lie in {groups} KV groups "
-            f"that must keep equally many; ask for {' or '.join(options)}, or use gqa='groups' to prune whole groups"
+            f"that must keep equally many; ask for {_nearest(budget, step, n)}, or use gqa='groups' to prune whole "
+            "groups"
+        )
+    if budget % step:
+        raise ValueError(
+            f"budget asks to keep {budget} units of {site.name!r}, {budget * site.unit_width} features, which is no "
+            f"multiple of rounding={rounding}; ask for {_nearest(budget, step, n)}, or for a share, which is rounded"
         )
     return int(budget)
+
+
+def _whole_steps(budget: float, n: int, step: int) -> int:
+    # The small addend undoes float noise only: 0.3 * 10 shall be 3 whole units.
+    return math.floor(float(budget) * n / step + 1e-9)
+
+
+def _nearest(count: int, step: int, n: int) -> str:
+    """Return the counts around one that is no multiple of step, for an error message."""
+    below = int(count) // step * step
+    return " or ".join(str(near) for near in (below, below + step) if 1 <= near <= n)
 
 
 def site_problem(graph: ModelGraph, site: Site, k: int, objective: str) -> BudgetedDomination | SoftDomination:
@@ -122,7 +193,12 @@ def site_problem(graph: ModelGraph, site: Site, k: int, objective: str) -> Budge
 
 
 def model_problem(
-    graph: ModelGraph, sites: Sequence[Site], budget: float, objective: str, floor: int = 1
+    graph: ModelGraph,
+    sites: Sequence[Site],
+    budget: float,
+    objective: str,
+    floor: int = 1,
+    rounding: int | None = None,
 ) -> BudgetedDomination | SoftDomination:
     """Return the problem of one budget over several sites: the disjoint union of their graphs.
 
@@ -136,10 +212,13 @@ def model_problem(
         budget: how many units to keep over all sites (int), or what share (float in (0, 1]).
         objective: ``"soft"`` or ``"k-centre"``.
         floor: least units to keep in each site (all of them where a site has fewer).
+        rounding: sites will be rounded to multiples of so many features (`solve_model`): the budget becomes
+            one that such counts can add up to, a share by rounding down; the problem itself does not round.
 
     Raises:
         ValueError: numbers out of range; sites whose groups must keep equally many, which is no bound on the
-            units of a group as long as the site's own count is open.
+            units of a group as long as the site's own count is open; a rounding that is a different number of
+            units from site to site, or that the budget is no multiple of.
     """
     _check_budget(budget)
     problem_type = _objective_type(graph, sites, objective)
@@ -152,8 +231,8 @@ def model_problem(
             "use gqa='groups' (whole KV groups), or scope='site'"
         )
     sizes = np.array([site.n_units for site in sites])
-    low = np.minimum(floor, sizes)
-    total = int(sizes.sum())
+    low, high, step = _limits(sites, floor, rounding)
+    total = int(high.sum())
     if isinstance(budget, (int, np.integer)):
         k = int(budget)
         if not low.sum() <= k <= total:
@@ -161,6 +240,13 @@ def model_problem(
                 f"budget asks to keep {k} of {total} units over {len(sites)} sites; expected {int(low.sum())} "
                 f"(floor={floor} in each) to {total}"
             )
+        if k % step:
+            raise ValueError(
+                f"budget asks to keep {k} units over {len(sites)} sites, which multiples of rounding={rounding} "
+                f"features ({step} units) cannot add up to; ask for {_nearest(k, step, total)}, or for a share"
+            )
+    elif rounding is not None:
+        k = min(max(int(low.sum()), step * _whole_steps(budget, int(sizes.sum()), step)), total)
     else:
         k = max(int(low.sum()), _share(budget, total))
     parts = [graph.redundancy[site.name] for site in sites]
@@ -188,10 +274,20 @@ def solve_model(
     problem: BudgetedDomination | SoftDomination,
     solver: Solver,
     *,
+    floor: int = 1,
+    rounding: int | None = None,
     time_limit: float | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Solution], Joint]:
     """Solve the problem of `model_problem` once, and split the answer by site.
+
+    With `rounding` the counts per site that the answer has are rounded to multiples (`rounded_counts`, the
+    total stays) and every site is solved again for its count. What was proven for the whole without rounding
+    bounds what is reached with it, so the certificate stays valid; the gap includes what rounding costs.
+
+    Args:
+        graph, sites, floor, rounding: as given to `model_problem`. problem: what it returned.
+        solver: for the problem. time_limit: seconds for all of it. seed: for solvers that draw random numbers.
 
     Returns:
         Site name -> solution: objective and dominators in the site's own units (its own importances and
@@ -200,16 +296,74 @@ def solve_model(
     """
     whole = solve_one(problem, solver, time_limit=time_limit, seed=seed)
     objective = "soft" if isinstance(problem, SoftDomination) else "k-centre"
+    keeps = np.split(whole.keep, np.cumsum([site.n_units for site in sites])[:-1])
+    final, seconds = whole, whole.seconds
+    if rounding is not None:
+        counts = rounded_counts(sites, [int(keep.sum()) for keep in keeps], floor, rounding)
+        for index, (site, count) in enumerate(zip(sites, counts, strict=True)):
+            if int(keeps[index].sum()) != count:
+                again = site_problem(graph, site, count, objective)
+                left = None if time_limit is None else max(0.0, time_limit - seconds)
+                redone = solve_one(again, solver, time_limit=left, seed=seed)
+                keeps[index], seconds = redone.keep, seconds + redone.seconds
+        final = unit_solution(problem, np.concatenate(keeps), whole.solver)
+        verify(problem, final)
     solutions: dict[str, Solution] = {}
-    offset = 0
-    for site in sites:
-        keep = whole.keep[offset : offset + site.n_units]
-        offset += site.n_units
+    for site, keep in zip(sites, keeps, strict=True):
         own = site_problem(graph, site, int(keep.sum()), objective)
         solutions[site.name] = unit_solution(own, keep, whole.solver)
         verify(own, solutions[site.name])
-    names = tuple(solutions)
-    return solutions, Joint(names, whole.objective, whole.sense, whole.status, whole.solver, whole.bound, whole.seconds)
+    bound = whole.bound
+    status = whole.status
+    if final is not whole:
+        status = Status.FEASIBLE  # the optimum of the rounded problem was not asked for, only bounded
+        bound = None if bound is None else replace(bound, source=f"{bound.source}, before rounding")
+    joint = Joint(tuple(solutions), final.objective, whole.sense, status, whole.solver, bound, seconds)
+    return solutions, joint
+
+
+def rounded_counts(sites: Sequence[Site], counts: Sequence[int], floor: int, rounding: int) -> list[int]:
+    """Return counts near the given ones that are multiples of `rounding` features; their sum stays.
+
+    All are rounded down, then one multiple at a time goes where most was lost (ties: the first site).
+
+    Args:
+        sites: of one unit width. counts: units kept in each. floor: least units to keep in each.
+        rounding: in features.
+
+    Example:
+        >>> ffns = [Site(f"{i}.ffn", "neuron", 40, 1, ()) for i in range(3)]
+        >>> rounded_counts(ffns, [9, 17, 22], 1, 8)
+        [8, 16, 24]
+    """
+    low, high, step = _limits(sites, floor, rounding)
+    rounded = np.clip(np.asarray(counts) // step * step, low, high)
+    missing = (sum(counts) - int(rounded.sum())) // step
+    for _ in range(abs(missing)):
+        lost = np.asarray(counts) - rounded
+        if missing > 0:
+            best = int(np.argmax(np.where(rounded + step <= high, lost, -math.inf)))
+            rounded[best] += step
+        else:
+            best = int(np.argmin(np.where(rounded - step >= low, lost, math.inf)))
+            rounded[best] -= step
+    return [int(count) for count in rounded]
+
+
+def _limits(sites: Sequence[Site], floor: int, rounding: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the least and the most units of each site, as multiples of the common step, and that step."""
+    sizes = np.array([site.n_units for site in sites])
+    if rounding is None:
+        return np.minimum(floor, sizes), sizes, 1
+    steps = sorted({rounding_step(site, rounding) for site in sites})
+    if len(steps) > 1:
+        raise ValueError(
+            f"rounding={rounding} is {' or '.join(map(str, steps))} units, depending on the site: scope='model' shares "
+            "single units among sites of one unit width; use scope='site'"
+        )
+    step = steps[0]
+    high = sizes // step * step
+    return np.minimum(-(-np.minimum(floor, sizes) // step) * step, high), high, step
 
 
 def _check_budget(budget: Any) -> None:

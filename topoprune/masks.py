@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from topoprune.architectures import FAMILIES, check_sites, find_sites
+from topoprune.architectures.find import compacted_sites
 from topoprune.extraction.gram import collect_gram
 from topoprune.extraction.tensors import weights_digest
 from topoprune.graph import Site, structure_digest
@@ -82,17 +83,24 @@ def fit_sites(model: nn.Module, planned: Sequence[Site]) -> tuple[Site, ...]:
     include = tuple(dict.fromkeys(_INCLUDE[site.kind] for site in planned))
     found = {site.name: site for site in find_sites(model, include=include, gqa=_gqa(planned))}
     for site in planned:
-        if site.name not in found:
+        here = found.get(site.name)
+        if here is not None and structure_digest([here]) == structure_digest([site]):
+            continue
+        if compacted_sites(model):
+            left = "nothing is left of it" if here is None else f"it has {here.n_units} {here.kind} units"
+            raise ValueError(
+                f"this model was compacted already: the plan decides on {site.n_units} {site.kind} units of site "
+                f"{site.name!r}, here {left}. Extract and solve again to prune the compacted model further"
+            )
+        if here is None:
             raise ValueError(
                 f"this plan is of another model: it has site {site.name!r}, this {model_type} model does not"
             )
-        here = found[site.name]
-        if structure_digest([here]) != structure_digest([site]):
-            raise ValueError(
-                f"this plan is of another model: site {site.name!r} has {site.n_units} {site.kind} units of width "
-                f"{site.unit_width} there, {here.n_units} {here.kind} units of width {here.unit_width} here "
-                f"(tensors {[s.shape for s in site.slices][:3]} against {[s.shape for s in here.slices][:3]})"
-            )
+        raise ValueError(
+            f"this plan is of another model: site {site.name!r} has {site.n_units} {site.kind} units of width "
+            f"{site.unit_width} there, {here.n_units} {here.kind} units of width {here.unit_width} here "
+            f"(tensors {[s.shape for s in site.slices][:3]} against {[s.shape for s in here.slices][:3]})"
+        )
     return tuple(found[site.name] for site in planned)
 
 

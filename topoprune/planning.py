@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from topoprune.budgets import Joint, Objective, budget_count, model_problem, site_problem, solve_model
+from topoprune.budgets import (
+    Joint,
+    Objective,
+    budget_count,
+    check_rounding,
+    model_problem,
+    site_problem,
+    solve_model,
+)
 from topoprune.files import read_npz, write_npz
 from topoprune.graph import SCHEMA_VERSION, Graph, ModelGraph, Site, structure_digest
 from topoprune_solvers import (
@@ -304,6 +312,7 @@ def solve(
     reading: Literal["a", "b"] = "b",
     scope: Literal["site", "model"] = "site",
     floor: int = 1,
+    rounding: int | None = None,
     time_limit: float | None = None,
     seed: int = 0,
 ) -> Plan:
@@ -330,6 +339,9 @@ def solve(
             problem on the disjoint union of their graphs in which every layer counts the same
             (`topoprune.budgets.model_problem`: importances sum to 1 per layer), with one certificate, `Plan.joint`.
         floor: with ``scope="model"``, least units to keep in each site.
+        rounding: with `budget` on units, keep a number of features (units times their width) in every site that
+            is a multiple of this (8, 16, 32, ...), as fast matrix kernels like it. A share is rounded down (at
+            least one multiple stays), so that the budget stays met; a count must be a multiple already.
         time_limit: seconds per site, with ``scope="model"`` for all; None sets no limit. An exact solver then
             runs until it has a proof, which on neurons can take for ever: give one there.
         seed: for solvers that draw random numbers.
@@ -339,8 +351,8 @@ def solve(
 
     Raises:
         ValueError: theta and budget both or neither given, values out of range, an unknown
-            solver or problem, a graph without what the problem needs, theta on query heads, or a
-            budget that their KV groups cannot share equally.
+            solver or problem, a graph without what the problem needs, theta on query heads, a
+            budget that their KV groups cannot share equally, or one that rounding cannot meet.
 
     Complexity: the solver's, per site.
     """
@@ -357,6 +369,11 @@ def solve(
         raise ValueError(f"unknown scope {scope!r}; available: site, model")
     if scope == "model" and (budget is None or problem == "edges"):
         raise ValueError("scope='model' shares a budget= of units among sites; theta and edges are decided per site")
+    check_rounding(rounding)
+    if rounding is not None:
+        if budget is None or problem == "edges":
+            raise ValueError("rounding= is an option of budget= on units: theta and edges fix no number of features")
+        request["rounding"] = int(rounding)
     if problem == "edges":
         if budget is None:
             raise ValueError("problem 'edges' needs budget= (share of weight edges to keep), not theta")
@@ -372,9 +389,10 @@ def solve(
         )
     if scope == "model":
         assert budget is not None
-        whole = model_problem(graph, sites, budget, objective, floor)
+        whole = model_problem(graph, sites, budget, objective, floor, rounding)
         engine = get_solver(solver or _default_solver(problem, type(whole)), type(whole))
-        decided, joint = solve_model(graph, sites, whole, engine, time_limit=time_limit, seed=seed)
+        limits: dict[str, Any] = {"time_limit": time_limit, "seed": seed}
+        decided, joint = solve_model(graph, sites, whole, engine, floor=floor, rounding=rounding, **limits)
         request |= {"solver": engine.name, "objective": objective, "scope": scope, "floor": floor}
         return Plan(graph.sites, decided, request=request, weights_digest=graph.weights_digest, joint=(joint,))
     problems: list[Any] = []
@@ -382,7 +400,7 @@ def solve(
     for site in sites:
         if theta is None:
             assert budget is not None
-            problems.append(site_problem(graph, site, budget_count(budget, site), objective))
+            problems.append(site_problem(graph, site, budget_count(budget, site, rounding), objective))
             continue
         if site.equal_groups:
             raise ValueError(

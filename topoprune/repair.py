@@ -41,8 +41,9 @@ def least_squares(
 ) -> torch.Tensor:
     """Return the (O, N) weight that best replaces the full one using only kept inputs.
 
-    Minimises ``E |W x - W' x|^2`` over W' supported on `keep_N`; zero elsewhere. With
-    ``ridge = 0`` the result is never worse than dropping on the data behind the moment.
+    Minimises ``E |W x - W' x|^2`` over W' supported on `keep_N`; zero elsewhere. The result is never
+    worse than dropping on the data behind the moment, row by row and after rounding to the weight's
+    dtype: a row that rounding would spoil keeps its weights.
 
     Args:
         weight_ON: consumer weight.
@@ -64,7 +65,11 @@ def least_squares(
             )
         # Correction to the kept part, not the whole part: an ill-conditioned solve then errs around dropping.
         cross = weight[:, gone] @ moment[gone][:, kept]
-        result[:, kept] = weight[:, kept] + _solve_psd(system, cross.t(), torch.finfo(moment_NN.dtype).eps).t()
+        change = _solve_psd(system, cross.t(), torch.finfo(moment_NN.dtype).eps).t()
+        change = (weight[:, kept] + change).to(weight_ON.dtype).double() - weight[:, kept]
+        # E|W_P x_P - D x_S|^2 = E|W_P x_P|^2 - 2 D cross^T + D C_SS D^T: what the change D of a row gains.
+        gain = 2 * (change * cross).sum(1) - ((change @ moment[kept][:, kept]) * change).sum(1)
+        result[:, kept] = weight[:, kept] + torch.where(gain[:, None] > 0, change, torch.zeros_like(change))
     return result.to(weight_ON.dtype)
 
 
@@ -87,12 +92,16 @@ def _solve_psd(system: torch.Tensor, right: torch.Tensor, eps: float) -> torch.T
 
 def repair_damage(before_ON: torch.Tensor, after_ON: torch.Tensor, moment_NN: torch.Tensor) -> float:
     """Return ``E |W x - W' x|^2``, the squared error at the consumer's output."""
-    delta = (before_ON - after_ON).double()
+    delta = before_ON.double() - after_ON.double()
     return float(((delta @ moment_NN.double()) * delta).sum())
 
 
 def next_ffn(site: Site, sites: Sequence[Site]) -> Site | None:
-    """Return the FFN site of the same stack and layer, whose input follows this attention."""
+    """Return the FFN site of the same stack and layer, the first one behind this attention.
+
+    In a decoder with cross attention, self attention and cross attention have the same one: what either
+    adds to the residual stream reaches an FFN there first.
+    """
     for other in sites:
         if other.kind == "neuron" and (other.stack, other.layer) == (site.stack, site.layer):
             return other
@@ -198,12 +207,14 @@ def _merge_paper(
                 f"merge 'paper' is undefined for {site.name!r}: heads * head width = "
                 f"{site.n_units * site.unit_width}, but the FFN reads {width} dimensions; use 'least-squares'"
             )
-        tensor = changed.get(piece.param)
-        if tensor is None:
-            tensor = changed[piece.param] = model.get_parameter(piece.param).detach().clone()
-        columns = tensor if piece.axis == 0 else tensor.t()
+        dense = model.get_parameter(piece.param).detach()
+        # Dense columns are added, not merged ones: two attentions that share an FFN do not hand each other's on.
+        if piece.param not in changed:
+            changed[piece.param] = dense.clone()
+        tensor = changed[piece.param]
+        columns, own = (tensor, dense) if piece.axis == 0 else (tensor.t(), dense.t())
         for unit in np.flatnonzero(~keep):
             heir = int(dominator[unit])
             if heir >= 0:
                 w = site.unit_width
-                columns[:, heir * w : (heir + 1) * w] += columns[:, unit * w : (unit + 1) * w]
+                columns[:, heir * w : (heir + 1) * w] += own[:, unit * w : (unit + 1) * w]

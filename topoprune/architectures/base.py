@@ -65,7 +65,7 @@ class FeedForward:
         stack: which stack the block belongs to.
         layers: config attribute with the number of layers.
         width: config attribute with the number of neurons; missing or None means 4 * hidden.
-        activation: config attribute with the name of the activation of a plain block.
+        activation: config attribute with the name of the activation (of the gate, in a gated block).
         when: (config attribute, value) that must hold for this declaration to apply, or None.
     """
 

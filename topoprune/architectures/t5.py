@@ -46,6 +46,7 @@ def _feed_forward(stack: Stack, sublayer: int) -> tuple[FeedForward, FeedForward
         stack=stack,
         layers=_LAYERS[stack],
         width="d_ff",
+        activation="dense_act_fn",
         when=("is_gated_act", True),
     )
     return plain, gated

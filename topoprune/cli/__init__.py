@@ -1,4 +1,4 @@
-"""The command ``topoprune``: demo, train, extract, solve, compare, solvers, doctor."""
+"""The command ``topoprune``: demo, train, prune, compact, extract, solve, compare, solvers, doctor."""
 
 from topoprune.cli.app import app, main
 

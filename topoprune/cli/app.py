@@ -11,6 +11,7 @@ from topoprune.cli.compare import compare
 from topoprune.cli.doctor import doctor
 from topoprune.cli.graphs import extract, solve
 from topoprune.cli.output import set_debug
+from topoprune.cli.prune import compact, prune
 from topoprune.cli.solvers import solvers
 from topoprune.cli.training import demo, train
 
@@ -18,7 +19,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="topoprune",
-    help="Prune transformers through an explicit graph: extract, solve with a certificate, train, compare.",
+    help="Prune transformers through an explicit graph: prune, train, compact; extract, solve with proof, compare.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,7 +43,7 @@ def options(
     set_debug(debug)
 
 
-for command in (demo, train, extract, solve, compare, solvers, doctor):
+for command in (demo, train, prune, compact, extract, solve, compare, solvers, doctor):
     app.command()(command)
 
 

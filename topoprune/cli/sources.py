@@ -30,9 +30,11 @@ __all__ = [
     "Scope",
     "Source",
     "Theta",
+    "calibration_texts",
     "from_model",
     "load",
     "requested",
+    "share_or_count",
 ]
 
 _INCLUDE = {"heads": ("heads",), "neurons": ("neurons",), "edges": ("edges",)}
@@ -115,15 +117,25 @@ def requested(
         except ValueError:
             request["theta"] = theta
     if budget is not None:
-        try:
-            # "8" is a count, "0.5" and "1.0" are shares.
-            value = int(budget) if budget.lstrip("+-").isdigit() else float(budget)
-        except ValueError:
-            value = math.nan
-        if math.isnan(value):
-            raise ValueError(f"--budget is {budget!r}; expected a number of units (8) or a share (0.5)")
-        request |= {"budget": value, "objective": objective}
+        request |= {"budget": share_or_count("--budget", budget), "objective": objective}
     return request
+
+
+def share_or_count(option: str, text: str | None) -> float | int | None:
+    """Return what an option like ``--budget`` spells: ``8`` is a number of units, ``0.5`` and ``1.0`` are shares.
+
+    Raises:
+        ValueError: no number; names the option.
+    """
+    if text is None:
+        return None
+    try:
+        value = int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(f"{option} is {text!r}; expected a number of units (8) or a share (0.5)")
+    return value
 
 
 def load(
@@ -172,7 +184,7 @@ def from_model(source: str, include: tuple[str, ...], options: ModelOptions) -> 
 
     def batches() -> Iterator[dict[str, Any]]:
         # A generator, so that data-free measures read no data and load no tokenizer.
-        texts, origin = _calibration_texts(options.calibration_file, options.samples)
+        texts, origin = calibration_texts(options.calibration_file, options.samples)
         console.print(f"calibration: {len(texts)} texts, {origin}", highlight=False)
         yield from calibration_batches(source, model, texts)
 
@@ -183,7 +195,12 @@ def from_model(source: str, include: tuple[str, ...], options: ModelOptions) -> 
         return extract_graph(model, include=include, calibration=batches(), gqa=options.gqa, **asked)
 
 
-def _calibration_texts(path: Path | None, samples: int) -> tuple[list[str], str]:
+def calibration_texts(path: Path | None, samples: int) -> tuple[list[str], str]:
+    """Return calibration texts and where they are from: a file's text column, or the embedded docstrings.
+
+    Raises:
+        ValueError: samples < 1, a file without a text column. OSError: no such file.
+    """
     if samples < 1:
         raise ValueError(f"--calibration-samples is {samples}; expected at least 1")
     if path is None:

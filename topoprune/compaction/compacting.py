@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from topoprune.architectures import check_sites, find_sites
+from topoprune.architectures import model_config
+from topoprune.budgets import check_rounding
 from topoprune.compaction.cut import Cut, Gather, make_cut
 from topoprune.compaction.dead import dead_units
 from topoprune.compaction.modeling_topoprune import compact_class, fit_features, patch_module
-from topoprune.extraction.tensors import weights_digest
+from topoprune.extraction.tensors import unit_blocks, weights_digest
 from topoprune.graph import Site
-from topoprune.masks import check_edges, check_finite_sites, edge_masks, fit_sites, unwrap
+from topoprune.masks import check_edges, check_finite_sites, edge_masks, fit_sites, open_handle, unwrap
 from topoprune.planning import Plan
 
 __all__ = ["compact", "dress", "prepare"]
@@ -76,7 +77,13 @@ def compact(
         >>> type(smaller).__name__, smaller.encoder.layer[0].intermediate.dense
         ('CompactBertModel', Linear(in_features=8, out_features=5, bias=True))
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"compact needs a model, found {type(model).__name__}")
     model = unwrap(model)
+    if inplace and open_handle(model) is not None:
+        raise ValueError(
+            "inplace=True under an open MaskHandle, which could not restore the model: close(restore=False) it first"
+        )
     cut = prepare(
         model,
         plan,
@@ -91,14 +98,38 @@ def compact(
             name: nn.Parameter(cut.tensor(name, params[name].detach()), requires_grad=params[name].requires_grad)
             for name in sorted(cut.touched)
         }
-    # Parameters in the memo are taken as they are, so the dense ones are never copied.
-    target = model if inplace else copy.deepcopy(model, {id(params[name]): new for name, new in fresh.items()})
+    target = model if inplace else _copied(model, {id(params[name]): new for name, new in fresh.items()})
     if inplace:
         for name, new in fresh.items():
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, new)
     dress(target, cut, cut.layout(model))
     return target
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a deep copy in which the objects in `memo` (id -> object) take the place of the model's own.
+
+    Parameters in the memo are taken as they are, so the dense ones are never copied. Hooks by which a `Pruner`
+    watches the model in training stay behind, with the data they have collected.
+    """
+    watched = [
+        (name, table, key)
+        for name, module in model.named_modules()
+        for table in ("_forward_hooks", "_forward_pre_hooks")
+        for key, hook in getattr(module, table).items()
+        if (getattr(hook, "__module__", None) or "").startswith("topoprune.")
+    ]
+    for name, table, key in watched:
+        owner = getattr(getattr(model.get_submodule(name), table)[key], "__self__", None)
+        if owner is not None:
+            memo[id(owner)] = owner
+    copied = copy.deepcopy(model, memo)
+    for name, table, key in watched:
+        module = copied.get_submodule(name)
+        for hooks in (table, f"{table}_with_kwargs", "_forward_hooks_always_called"):
+            getattr(module, hooks).pop(key, None)
+    return copied
 
 
 def prepare(
@@ -111,20 +142,16 @@ def prepare(
     allow_changed_weights: bool = False,
 ) -> Cut:
     """Check everything and return the cut; the model is not touched. Arguments and errors of `compact`."""
-    if rounding is not None and (isinstance(rounding, bool) or not isinstance(rounding, int) or rounding < 1):
-        raise ValueError(f"rounding is {rounding!r}; expected a number of features >= 1, e.g. 8")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan is a {type(plan).__name__}; expected a Plan (from solve, or Plan.load), or None")
+    check_rounding(rounding)
     if gather not in ("auto", "always", "never"):
         raise ValueError(f"unknown gather {gather!r}; choose from auto, always, never")
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise ValueError(
-            "this model is spread over devices by accelerate's hooks; load it without device_map, compact it, "
-            "save it, and load the compacted model with device_map"
-        )
+    _check_whole(model)
     values: dict[str, torch.Tensor] = {}
     if plan is None:
-        sites = find_sites(model)
-        check_sites(model, sites)
-        plan, values = dead_units(model, sites)
+        plan, values = dead_units(model, duplicate_kv=duplicate_kv)
+        sites = plan.sites
     else:
         sites = fit_sites(model, plan.sites)
         check_edges(model, sites, plan)
@@ -140,6 +167,7 @@ def prepare(
         duplicate_kv=duplicate_kv,
     )
     cut.values.update(values)
+    _check_cut(model, cut)
     if cut.left:
         warnings.warn(
             f"input dimensions of {len(cut.left)} sites ({cut.left[0]}, ...) stay as zeros in the weights: "
@@ -149,22 +177,59 @@ def prepare(
     return cut
 
 
+def _check_whole(model: nn.Module) -> None:
+    """Raise ValueError if the weights are not all here, as ordinary numbers."""
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            "this model is spread over devices by accelerate's hooks; load it without device_map, compact it, "
+            "save it, and load the compacted model with device_map"
+        )
+    config = model_config(model)
+    if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "this model is quantised: load it without quantisation, compact it, save it, and quantise the smaller model"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name!r} has no data (meta device); load the weights first")
+
+
 def _check_weights(model: nn.Module, sites: tuple[Site, ...], plan: Plan, allowed: bool) -> None:
+    """Raise ValueError if the plan was made from other weights and what it removes is not zero here."""
     if allowed or not plan.weights_digest or weights_digest(model, sites) == plan.weights_digest:
         return
-    params = dict(model.named_parameters())
+    params = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     by_name = {site.name: site for site in sites}
+    changed = []
     for name, solution in plan.unit_solutions().items():
-        site = by_name[name]
-        for piece in site.writes or site.reads:
-            gone = torch.from_numpy(piece.indices(np.flatnonzero(~solution.keep)))
-            tensor = params[piece.param].detach()
-            if torch.count_nonzero(tensor.index_select(piece.axis, gone.to(tensor.device))):
-                raise ValueError(
-                    f"the model's weights have changed since the plan was made, and what it prunes of {name!r} is not "
-                    "zero: the plan is of another model or revision. Extract and solve again, or pass "
-                    "allow_changed_weights=True"
-                )
+        site, gone = by_name[name], np.flatnonzero(~solution.keep)
+        if any(unit_blocks(params, site, piece, gone).any() for piece in site.writes or site.reads):
+            changed.append(name)
+    for name, keep in edge_masks(sites, plan).items():
+        if params[name][torch.from_numpy(~keep).to(params[name].device)].any():
+            changed.append(name)
+    if changed:
+        raise ValueError(
+            f"the model's weights have changed since the plan was made, and what it prunes of {changed[0]!r} is not "
+            "zero: the plan is of another model or revision. Extract and solve again, or pass "
+            "allow_changed_weights=True"
+        )
+
+
+def _check_cut(model: nn.Module, cut: Cut) -> None:
+    """Raise ValueError if the cut would reach beyond the modules it is meant for, or not reach them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        if len(tied) > 1 and cut.touched.intersection(tied):
+            raise ValueError(f"parameters {tied[0]!r} and {tied[1]!r} are one tied tensor; untie them first")
+    for name in cut.patches:
+        if "forward" in vars(model.get_submodule(name)):
+            raise ValueError(
+                f"module {name!r} has a forward of its own, as accelerate's hooks give it, which compaction cannot "
+                "replace; remove them first (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
 
 
 def dress(model: Any, cut: Cut, layout: dict[str, Any]) -> None:
@@ -178,9 +243,18 @@ def dress(model: Any, cut: Cut, layout: dict[str, Any]) -> None:
         module = model.get_submodule(name)
         device = next(module.parameters()).device
         for buffer, indices in buffers.items():
-            module.register_buffer(buffer, torch.from_numpy(indices.astype(np.int64)).to(device))
+            module.register_buffer(buffer, torch.tensor(indices.tolist(), dtype=torch.int64, device=device))
     for name, patch in cut.patches.items():
         patch_module(model.get_submodule(name), patch)
     if isinstance(model, PreTrainedModel):
-        model.config.topoprune = layout
+        _own_config(model).topoprune = layout
         model.__class__ = compact_class(type(model))
+
+
+def _own_config(model: PreTrainedModel) -> Any:
+    """Give a model a config that no other model shares, and return it."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own  # type: ignore[assignment]
+    return own

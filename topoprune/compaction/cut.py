@@ -17,7 +17,7 @@ from torch import nn
 
 from topoprune.architectures import FAMILIES, Attention, find_sites, model_config
 from topoprune.compaction.layout import bits_of, empty_layout, layout_of, relative_name, units_of
-from topoprune.graph import Site
+from topoprune.graph import Site, TensorSlice
 from topoprune.planning import Plan
 
 __all__ = ["Cut", "Gather", "make_cut", "padded"]
@@ -65,15 +65,16 @@ class Cut:
             name: the parameter. tensor: of its shape.
             data: False for gradients and optimizer state: folded values are not written there.
         """
-        result = self.values[name].to(tensor) if data and name in self.values else tensor
+        written = self.values[name].to(tensor) if data and name in self.values else tensor
+        result = written
         for axis, gone in self.zero.get(name, {}).items():
             result = result.index_fill(axis, torch.from_numpy(gone).to(result.device), 0)
         if name in self.edges:
-            result = result.masked_fill(~torch.from_numpy(self.edges[name]).to(result.device), 0)
+            result = result.masked_fill(torch.from_numpy(~self.edges[name]).to(result.device), 0)
         for axis, kept in self.keep.get(name, {}).items():
             result = result.index_select(axis, torch.from_numpy(kept).to(result.device))
         # A tensor of its own: a view would keep the dense one alive.
-        return result.clone() if result is tensor else result.contiguous()
+        return result.clone() if result is written else result.contiguous()
 
     def layout(self, model: nn.Module) -> dict[str, Any]:
         """Return ``config.topoprune`` after this cut, earlier cuts of the model included."""
@@ -100,7 +101,8 @@ class Cut:
 def padded(site: Site, keep: np.ndarray, rounding: int | None) -> np.ndarray:
     """Return (n,) bool: the kept units and, up to a multiple of `rounding` features, pruned ones kept as zeros.
 
-    Sites whose groups must keep equally many are padded group by group; no unit stays where none is kept.
+    Where groups keep equally many units they are padded equally, and groups that keep none stay empty; no unit
+    stays where none is kept. The whole site stays where no smaller number is such a multiple.
 
     Example:
         >>> site = Site("ffn", "neuron", 12, 1, ())
@@ -110,13 +112,19 @@ def padded(site: Site, keep: np.ndarray, rounding: int | None) -> np.ndarray:
     stays = np.array(keep, dtype=bool)
     if rounding is None or not stays.any():
         return stays
-    groups = site.equal_groups or 1
-    rows = stays.reshape(groups, -1)
+    rows = stays.reshape(site.n_groups or 1, -1)  # a view
+    counts = rows.sum(axis=1)
+    live = np.flatnonzero(counts)
+    if np.unique(counts[live]).size > 1:  # unequal query heads: key/value heads get copies, whatever the counts
+        rows, live, counts = stays.reshape(1, -1), np.arange(1), np.array([counts.sum()])
     size = rows.shape[1]
-    counts = range(int(rows[0].sum()), size + 1)
-    target = next((c for c in counts if c * groups * site.unit_width % rounding == 0), size)
-    for row in rows:
-        row[np.flatnonzero(~row)[: target - int(row.sum())]] = True
+    sizes = (c for c in range(int(counts[live[0]]), size + 1) if c * live.size * site.unit_width % rounding == 0)
+    target = next(sizes, None)
+    if target is None:
+        stays[:] = True
+        return stays
+    for row in live:
+        rows[row, np.flatnonzero(~rows[row])[: target - int(counts[row])]] = True
     return stays
 
 
@@ -220,8 +228,9 @@ def _cut_heads(cut: Cut, model: nn.Module, site: Site, stays: np.ndarray, duplic
     if site.n_groups:
         copies = _kv_copies(site, stays, duplicate_kv)
         kv_heads = int(copies.size)
-        for piece in site.shared:
-            cut.keep.setdefault(piece.param, {})[piece.axis] = piece.indices(copies)
+        if not np.array_equal(copies, np.arange(site.n_groups)):
+            for piece in site.shared:
+                cut.keep.setdefault(piece.param, {})[piece.axis] = piece.indices(copies)
     module = site.one("q").param.rsplit(".", 2)[0]
     values = {"heads": heads, "width": heads * site.head_width, "groups": heads // kv_heads if kv_heads else 1}
     cut.attributes[module] = {name: values[meaning] for name, meaning in block.attributes}
@@ -237,10 +246,9 @@ def _cut_heads(cut: Cut, model: nn.Module, site: Site, stays: np.ndarray, duplic
 def _kv_copies(site: Site, stays: np.ndarray, duplicate: bool) -> np.ndarray:
     """Return (kv heads,) int64: which key/value head each new one is, in order."""
     counts = stays.reshape(site.n_groups, -1).sum(axis=1)
-    if not counts.any():
-        return np.zeros(0, dtype=np.int64)
-    if counts.min() == counts.max():
-        return np.arange(site.n_groups)
+    live = np.flatnonzero(counts)
+    if np.unique(counts[live]).size <= 1:
+        return live  # groups that lost all of their query heads leave with their key/value heads
     if not duplicate:
         raise ValueError(
             f"the plan of {site.name!r} keeps {counts.tolist()} query heads in its KV groups: unequal counts would "
@@ -269,29 +277,56 @@ def _share_position_bias(cut: Cut, model: nn.Module) -> None:
 
 def _cut_inputs(cut: Cut, model: nn.Module, site: Site, stays: np.ndarray, keep: np.ndarray, gather: Gather) -> None:
     modules = {piece.param.rsplit(".", 1)[0]: piece for piece in site.reads}
+    outputs = {piece.param: _kept(cut, piece, 1 - piece.axis) for piece in site.reads}
+    if all(kept.size == 0 for kept in outputs.values()):
+        return  # no heads stay, so nothing reads these inputs
+    if not stays.any():
+        stays[0] = True  # as a zero: a projection without inputs is a special case wherever it is read
     use = gather == "always" or (
-        gather == "auto" and all(_gather_pays(model.get_submodule(m), p.axis, stays) for m, p in modules.items())
+        gather == "auto"
+        and all(_gather_pays(model.get_submodule(m), p.axis, stays, outputs[p.param]) for m, p in modules.items())
     )
     if not use:
         _mark_zero(cut, site, ~keep)
         cut.left.append(site.name)
         return
     _mark_zero(cut, site, stays & ~keep)
+    if stays.all():
+        return
     for module, piece in modules.items():
+        _check_projection(model.get_submodule(module), module, site)
         _drop(cut, piece.param, piece.axis, piece.shape, piece.indices(np.flatnonzero(~stays)))
         cut.patches[module] = "gathered-inputs"
         cut.buffers[module] = {"kept_inputs": _buffer(model, module, "kept_inputs", site.n_units)[stays]}
     cut.sites[site.name] = _entry(model, site.name, stays)
 
 
+def _is_projection(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__.endswith("Conv1D")
+
+
+def _check_projection(module: nn.Module, name: str, site: Site) -> None:
+    if not _is_projection(module):
+        raise ValueError(
+            f"a gather of the inputs of {site.name!r} needs nn.Linear or Conv1D, {name!r} is a "
+            f"{type(module).__name__}; use gather='never', which leaves zeros"
+        )
+
+
+def _kept(cut: Cut, piece: TensorSlice, axis: int) -> np.ndarray:
+    """Return which indices of an axis of a parameter stay."""
+    return cut.keep.get(piece.param, {}).get(axis, np.arange(piece.shape[axis]))
+
+
 @torch.no_grad()
-def _gather_pays(module: nn.Module, axis: int, stays: np.ndarray) -> bool:
-    """Time the projection whole, and behind a gather, on its own device and dtype."""
+def _gather_pays(module: nn.Module, axis: int, stays: np.ndarray, outputs: np.ndarray) -> bool:
+    """Time the projection to the outputs that stay, from all inputs and behind a gather, where it runs."""
+    if not _is_projection(module):
+        return False  # no place to put it
     weight: Any = module.weight
     index = torch.from_numpy(np.flatnonzero(stays)).to(weight.device)
-    if index.numel() == 0:
-        return False  # nothing to multiply: the zeros cost what they cost, and keep the bias path simple
-    matrix = weight.detach() if axis == 0 else weight.detach().t()
+    used = weight.detach().index_select(1 - axis, torch.from_numpy(outputs).to(weight.device))
+    matrix = used if axis == 0 else used.t()
     small = matrix.index_select(0, index)
     hidden = torch.zeros((_PROBE_TOKENS, matrix.shape[0]), dtype=weight.dtype, device=weight.device)
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from topoprune.architectures import FAMILIES, FeedForward, model_config
+from topoprune.architectures import FAMILIES, FeedForward, find_sites, model_config
+from topoprune.extraction.tensors import check_finite, unit_blocks
 from topoprune.graph import Site, TensorSlice
 from topoprune.planning import Plan
 from topoprune.sparsity import units_zero
@@ -19,7 +20,7 @@ __all__ = ["dead_units"]
 
 
 @torch.no_grad()
-def dead_units(model: nn.Module, sites: Sequence[Site]) -> tuple[Plan, dict[str, torch.Tensor]]:
+def dead_units(model: nn.Module, *, duplicate_kv: bool = False) -> tuple[Plan, dict[str, torch.Tensor]]:
     """Return the plan that removes every head, KV group and neuron without effect, and the biases it folds.
 
     A unit has no effect if everything it writes is zero, or if its output is zero for every input (value or
@@ -28,72 +29,113 @@ def dead_units(model: nn.Module, sites: Sequence[Site]) -> tuple[Plan, dict[str,
     bias. It goes too, and what it wrote joins the bias of the projection behind, where there is one.
     Dropout inside the block makes that exact in evaluation only.
 
+    Args:
+        model: of a known family.
+        duplicate_kv: where dead query heads would leave unequal numbers in the KV groups, remove them all;
+            else as many stay, as they are, as make the numbers equal. Groups without a live head go whole.
+
     Returns:
         The plan, and parameter name -> new bias.
 
+    Raises:
+        ValueError: an unknown family, non-finite or quantised weights.
+
     Complexity: one pass over the weights.
     """
-    params = dict(model.named_parameters())
+    sites = _unit_sites(model)
+    params = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    check_finite(params, sites)
     solutions: dict[str, Solution] = {}
     folded: dict[str, torch.Tensor] = {}
     for site in sites:
-        if site.kind == "input_dim":
-            continue
-        silent = _all(site, params, site.writes)
-        weights = [p for p in site.reads if p.role in ("v", "in", "up")]
-        biases = [p for p in site.reads if p.role in ("v_bias", "in_bias", "up_bias")]
-        still = _all(site, params, weights) if weights else torch.zeros_like(silent)
-        mute = still & _all(site, params, biases)
-        constant = still & ~mute & ~silent
-        gone = silent | mute
+        silent = _all_zero(site, params, site.writes)
+        still, values = _outputs(model, site, params)
+        nothing = (values == 0).all(dim=1).cpu().numpy()
+        gone = silent | (still & nothing)
         bias = f"{site.consumer}.bias"
-        if bool(constant.any()) and bias in params:
-            output = _constants(model, site, params, np.flatnonzero(constant.numpy()))
-            if output is not None:
-                new = folded.get(bias, params[bias].detach()).double() + output
-                folded[bias] = new.to(params[bias].dtype)
-                gone |= constant
-        keep = ~gone.numpy()
-        if not keep.all():
-            solutions[site.name] = Solution(keep, float(keep.sum()), "min", Status.OPTIMAL, "dead-units")
-    return Plan(tuple(sites), solutions, request={"problem": "units without effect"}), folded
+        fold = still & ~gone & (bias in params)
+        gone |= fold
+        if not duplicate_kv:
+            gone = _levelled(site, gone)
+        if gone.any():
+            solutions[site.name] = Solution(~gone, float((~gone).sum()), "min", Status.OPTIMAL, "dead-units")
+        if fold.any():
+            new = params[bias].double() + _written(site, params, values, np.flatnonzero(fold))
+            folded[bias] = new.to(params[bias].dtype)
+    return Plan(sites, solutions, request={"problem": "units without effect"}), folded
 
 
-def _all(site: Site, params: Mapping[str, torch.Tensor], pieces: Sequence[TensorSlice]) -> torch.Tensor:
+def _unit_sites(model: nn.Module) -> tuple[Site, ...]:
+    try:
+        return find_sites(model, ("heads", "neurons"), gqa="any-query-heads")
+    except ValueError:
+        # Fused projections know whole KV groups only; whatever else is wrong is raised again.
+        return find_sites(model, ("heads", "neurons"))
+
+
+def _zero(site: Site, params: Mapping[str, torch.Tensor], piece: TensorSlice) -> np.ndarray:
+    """Return (n_units,) bool: the unit's part of a tensor, or its run's, is zero."""
+    owners = site.n_groups if piece in site.shared else site.n_units
+    return units_zero(piece, params[piece.param], owners).cpu().numpy().repeat(site.n_units // owners)
+
+
+def _all_zero(site: Site, params: Mapping[str, torch.Tensor], pieces: Sequence[TensorSlice]) -> np.ndarray:
     """Return (n_units,) bool: the unit's part of every one of the tensors is zero; True for no tensors."""
-    result = torch.ones(site.n_units, dtype=torch.bool)
-    for piece in pieces:
-        result &= units_zero(piece, params[piece.param], site.n_units).cpu()
-    return result
+    return np.logical_and.reduce([np.ones(site.n_units, dtype=bool), *(_zero(site, params, p) for p in pieces)])
 
 
-def _constants(
-    model: nn.Module, site: Site, params: Mapping[str, torch.Tensor], units: np.ndarray
-) -> torch.Tensor | None:
-    """Return (out,) float64, what units of constant output write; None if their activation is not known."""
-    if site.kind == "neuron":
-        act = _activation(model, site)
-        if act is None:
-            return None
-        piece = site.one("in_bias")
-        value = act(params[piece.param].detach()[torch.from_numpy(piece.indices(units))].double())
-    else:
-        piece = site.one("v_bias")
-        each = params[piece.param].detach()[torch.from_numpy(piece.indices(units))].double()
-        # Every query head of a KV group returns the group's value.
-        value = each.reshape(len(units), 1, piece.width).expand(-1, site.unit_width // piece.width, -1).reshape(-1)
+def _outputs(model: nn.Module, site: Site, params: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, torch.Tensor]:
+    """Return which units give the same output for every input, and that output, (n_units, unit_width) float64."""
+    pieces = {piece.role: piece for piece in site.tensors}
+    device = params[site.writes[0].param].device
+    values = torch.zeros((site.n_units, site.unit_width), dtype=torch.float64, device=device)
+    if site.kind != "neuron":
+        if "v_bias" in pieces:
+            each = unit_blocks(params, site, pieces["v_bias"]).double()
+            values = values + each.repeat(1, site.unit_width // each.shape[1])  # all query heads of a group
+        return _zero(site, params, pieces["v"]), values
+    act = _activation(model, site)
+    if "in" not in pieces:
+        # Only the zero is worth knowing: up and gate multiply, and so do their biases.
+        still = _all_zero(site, params, [p for role, p in pieces.items() if role in ("up", "up_bias")])
+        if act is not None and not act(torch.zeros(1, dtype=torch.float64)).any():
+            still |= _all_zero(site, params, [p for role, p in pieces.items() if role in ("gate", "gate_bias")])
+        return still, values
+    if act is None:
+        return np.zeros(site.n_units, dtype=bool), values
+    if "in_bias" in pieces:
+        values = values + unit_blocks(params, site, pieces["in_bias"]).double()
+    return _zero(site, params, pieces["in"]), act(values)
+
+
+def _levelled(site: Site, gone: np.ndarray) -> np.ndarray:
+    """Return what may go if every KV group that stays keeps equally many query heads; all of `gone` elsewhere."""
+    if not site.n_groups:
+        return gone
+    rows = gone.copy().reshape(site.n_groups, -1)
+    alive = (~rows).sum(axis=1)
+    for row, count in zip(rows, alive, strict=True):
+        if count:
+            row[np.flatnonzero(row)[: alive.max() - count]] = False
+    return rows.reshape(-1)
+
+
+def _written(site: Site, params: Mapping[str, torch.Tensor], values: torch.Tensor, units: np.ndarray) -> torch.Tensor:
+    """Return (out,) float64, what units of constant output write."""
     out = site.writes[0]
-    matrix = params[out.param].detach().movedim(out.axis, 0)[torch.from_numpy(out.indices(units))].double()
-    return value @ matrix
+    matrix = unit_blocks(params, site, out, units).double().flatten(0, 1)
+    return values[torch.from_numpy(units).to(values.device)].reshape(-1) @ matrix
 
 
 def _activation(model: nn.Module, site: Site) -> Any:
+    """Return the activation of a feed-forward block; None if it is not known, or has parameters of its own."""
     from transformers.activations import ACT2FN
 
     config = model_config(model)
     family = FAMILIES.get(getattr(config, "model_type", None) or "")
     for block in () if family is None else family.blocks:
-        if isinstance(block, FeedForward) and block.stack == site.stack and block.into is not None:
+        if isinstance(block, FeedForward) and block.stack == site.stack:
             name = getattr(config, block.activation, None)
-            return ACT2FN[name] if isinstance(name, str) and name in ACT2FN else None
+            act = ACT2FN[name] if isinstance(name, str) and name in ACT2FN else None
+            return None if isinstance(act, nn.Module) and next(act.parameters(), None) is not None else act
     return None

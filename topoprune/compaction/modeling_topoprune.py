@@ -20,17 +20,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-__all__ = ["KEY", "LAYOUT_VERSION", "PATCHES", "Compacted", "auto_map", "compact_class", "patch_module", "reshape"]
+__all__ = [
+    "FILE_NAME",
+    "KEY",
+    "LAYOUT_VERSION",
+    "MANIFEST_NAME",
+    "PATCHES",
+    "Compacted",
+    "auto_map",
+    "compact_class",
+    "patch_module",
+    "reshape",
+    "stock_class",
+]
 
 KEY = "topoprune"
 LAYOUT_VERSION = 1
 FILE_NAME = "modeling_topoprune.py"
+MANIFEST_NAME = "topoprune.json"
 
 
 # -- forwards that differ from the stock ones ------------------------------------------------------
@@ -41,7 +55,7 @@ class Patched:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         patch, base = type(self).__bases__
-        return _blank, (patch.__name__, base), self.__dict__
+        return _blank, (patch.__name__, base), self.__getstate__()  # type: ignore[attr-defined]
 
 
 def _blank(patch: str, base: type) -> Any:
@@ -91,7 +105,7 @@ class NoHeads(Patched):
 
 
 def _count_tokens(attention: Any, hidden_states: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
-    """Append keys and values of no heads to the cache, whose length says how many tokens went by."""
+    """Append a number a token to the cache, whose length says how many tokens went by."""
     cache, memory = kwargs.get("past_key_values"), kwargs.get("key_value_states")
     if cache is None:
         return
@@ -104,9 +118,8 @@ def _count_tokens(attention: Any, hidden_states: torch.Tensor, kwargs: Mapping[s
                 return
             own, source = cache.cross_attention_cache, memory
             cache.is_updated[index] = True
-    names = ("head_dim", "attention_head_size", "key_value_proj_dim")
-    width = next(int(getattr(attention, name)) for name in names if hasattr(attention, name))
-    states = source.new_zeros((source.shape[0], 0, source.shape[1], width))
+    # Not of zero heads: a dynamic cache takes keys without entries for a cache without tokens.
+    states = source.new_zeros((source.shape[0], 1, source.shape[1], 1))
     own.update(states, states, index)
 
 
@@ -143,6 +156,7 @@ class BiasOfKeptHeads(Patched):
         past = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts in place
         keys = length + past if mask is None else mask.shape[-1]
         bias: torch.Tensor = self.compute_bias(length, keys, device=hidden_states.device, past_seen_tokens=past)  # type: ignore[attr-defined]
+        bias = bias.contiguous()  # heads come last in memory; every layer picks its own, 20 times slower from that
         return bias + mask if with_mask and mask is not None else bias
 
 
@@ -170,7 +184,8 @@ def patch_module(module: nn.Module, name: str) -> None:
         module: any module. name: one of `PATCHES`. A patch already there is replaced.
     """
     base = type(module)
-    if issubclass(base, Patched):
+    # By name: a folder's copy of this file has classes of its own.
+    if any(parent.__name__ == Patched.__name__ for parent in base.__mro__):
         base = base.__bases__[1]
     module.__class__ = _patched(PATCHES[name], base)
 
@@ -182,22 +197,41 @@ class Compacted:
     """A transformers model whose shapes come from ``config.topoprune``; mixed in before the stock class."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _forget_layers(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         reshape(self, getattr(config, KEY, None))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the folder also gets the code that loads it."""
-        from pathlib import Path
-
+        """As in transformers; the folder also gets the code that loads it, and loses an outdated manifest."""
         config: Any = self.config  # type: ignore[attr-defined]
         config.auto_map = auto_map(config)
-        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if Path(save_directory).is_dir():
-            (Path(save_directory) / FILE_NAME).write_bytes(Path(__file__).read_bytes())
-        return result
+        folder = Path(save_directory)
+        if (args[0] if args else kwargs.get("is_main_process", True)) and not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            # First, so that push_to_hub=True finds it.
+            (folder / FILE_NAME).write_bytes(Path(__file__).read_bytes())
+        # transformers renames weights to what older checkpoints called them, and back by the name of the stock class.
+        kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; weights of layers that were cut are never made up, which it only warns about."""
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        prefix = f"{model.base_model_prefix}."
+        cut = getattr(model.config, KEY)["parameters"]
+        lost = sorted(name for name in info["missing_keys"] if name.removeprefix(prefix) in cut)
+        if lost and not wanted:
+            raise ValueError(
+                f"the checkpoint has no weights for {lost[0]!r} and {len(lost) - 1} more parameters of a "
+                f"{cls.__name__}: it is damaged, or was written by another version of transformers"
+            )
+        return (model, info) if wanted else model
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank_model, (type(self).__bases__[1],), self.__dict__
+        return _blank_model, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[attr-defined]
 
 
 def _blank_model(base: type) -> Any:
@@ -208,10 +242,24 @@ def _blank_model(base: type) -> Any:
 _MODELS: dict[type, type] = {}
 
 
+def _forget_layers(config: Any) -> None:
+    """Drop a folder's ``per_layer_config``: the layout says more, and pruning again would make it untrue."""
+    if isinstance(getattr(type(config), "per_layer_config", None), property):
+        config.per_layer_config = None
+    for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+        config.__dict__.pop(name, None)
+
+
+def stock_class(cls: type) -> type:
+    """Return the stock class behind a compacted one, be it of this file or of a folder's copy of it."""
+    return cls.__bases__[1] if any(base.__name__ == Compacted.__name__ for base in cls.__bases__) else cls
+
+
 def compact_class(base: type) -> type:
     """Return the compacted variant of a stock model class; the same object at every call."""
     if issubclass(base, Compacted):
         return base
+    base = stock_class(base)
     if base not in _MODELS:
         _MODELS[base] = type(f"Compact{base.__name__}", (Compacted, base), {"__module__": __name__})
     return _MODELS[base]
@@ -268,7 +316,8 @@ def reshape(model: Any, layout: Mapping[str, Any] | None) -> None:
             with torch.no_grad():
                 fresh = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
                 new = nn.Parameter(fresh, requires_grad=old.requires_grad)
-                nn.init.normal_(new, std=std) if new.ndim > 1 else nn.init.zeros_(new)
+                if not new.is_meta:  # nothing to fill there, and asking takes longer than the loading of the weights
+                    nn.init.normal_(new, std=std) if new.ndim > 1 else nn.init.zeros_(new)
             setattr(module, leaf, new)
             fit_features(module)
         for name, values in layout["attributes"].items():

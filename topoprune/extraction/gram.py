@@ -27,8 +27,11 @@ class GramCollector:
     Works in any forward of the model, training ones included: it detaches, upcasts to float32,
     switches autocast off for its own products, and ignores the recomputation of gradient
     checkpointing (anything outside the model's own forward). What is real and what is padding is
-    read from ``attention_mask``; in encoder-decoder models the decoder's tokens (cross attention
-    included) from ``decoder_attention_mask``, else ``labels != -100``, else all count.
+    read from ``attention_mask``; without one every token counts (images: all patches and the class
+    token). In encoder-decoder models the decoder's tokens (cross attention included) are those of
+    ``decoder_attention_mask``, else of token ``labels != -100`` (the positions that predict a label,
+    however the family shifts labels into decoder inputs), else, where the decoder reads the shifted
+    ``input_ids``, those of ``attention_mask``, else all.
 
     Args:
         model: the model that will be called.
@@ -102,13 +105,22 @@ class GramCollector:
         if name not in self.sites:
             raise KeyError(f"unknown site {name!r}; known: {', '.join(self.sites)}")
         if not self.tokens[name]:
-            raise ValueError(f"no tokens seen at site {name!r}: run forwards of the model first")
+            raise ValueError(self._why_nothing(name))
         moment = self._sums[name] / self.tokens[name]
         if moment.ndim == 2:
             _mirror(moment)
         if not torch.isfinite(moment.sum()):
             raise ValueError(f"activations at {self.sites[name].consumer!r} (site {name!r}) are not finite")
         return moment
+
+    def _why_nothing(self, name: str) -> str:
+        if not any(self.tokens.values()):
+            return f"no tokens seen at site {name!r}: run forwards of the model first"
+        return (
+            f"no tokens seen at site {name!r}: {self.sites[name].consumer!r} did not run while others did (a decoder "
+            "alone runs its cross attention only with encoder_hidden_states; layerdrop skips layers at random); "
+            "feed more batches, or pass sites=[...] without it"
+        )
 
     def reset(self) -> None:
         """Forget all tokens; frees the accumulators."""
@@ -164,10 +176,7 @@ class GramCollector:
         self._rows = {"encoder": _real_rows("attention_mask", mask)}
         self._rows["decoder"] = self._rows["encoder"]
         if self._two_stacks:
-            mask, labels = given.get("decoder_attention_mask"), given.get("labels")
-            if mask is None and labels is not None:
-                mask = labels != -100
-            self._rows["decoder"] = _real_rows("decoder_attention_mask", mask)
+            self._rows["decoder"] = _real_rows("decoder_attention_mask", _decoder_mask(given))
 
     def _leave(self, *_: object) -> None:
         self._inside = False
@@ -213,6 +222,18 @@ class GramCollector:
                 zero = torch.zeros(width, width, device=x.device)
                 self._sums[site.name] = zero if total_sum is None else zero.copy_(total_sum)
             _accumulate(self._sums[site.name], x)
+
+
+def _decoder_mask(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return what tells the real tokens of an encoder-decoder model's decoder, or None for all."""
+    mask, labels = given.get("decoder_attention_mask"), given.get("labels")
+    if mask is not None:
+        return mask
+    # Classes and scores of whole sequences are labels too: (batch,), or floats (batch, classes).
+    if labels is not None and labels.ndim > 1 and not labels.is_floating_point():
+        return labels != -100
+    own = given.get("decoder_input_ids"), given.get("decoder_inputs_embeds")
+    return given.get("attention_mask") if all(value is None for value in own) else None
 
 
 def _real_rows(name: str, mask: torch.Tensor | None) -> tuple[torch.Tensor, int] | None:

@@ -9,9 +9,30 @@ from typing import Any
 from topoprune.tasks.embedded_model import embedded_model_path
 from topoprune.tasks.monitor import quiet_libraries
 
-__all__ = ["EMBEDDED", "calibration_batches", "load_backbone", "load_classifier", "load_tokenizer", "resolve_model"]
+__all__ = [
+    "EMBEDDED",
+    "calibration_batches",
+    "has_tokenizer",
+    "load_backbone",
+    "load_classifier",
+    "load_full",
+    "load_tokenizer",
+    "main_input",
+    "model_class",
+    "resolve_model",
+]
 
 EMBEDDED = "embedded"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "source.spm",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 
 
 def resolve_model(name: str | Path) -> str:
@@ -76,6 +97,83 @@ def load_backbone(name: str | Path) -> Any:
     return _load(AutoModel.from_pretrained, name).eval()
 
 
+def model_class(name: str | Path) -> tuple[type[Any] | None, Any]:
+    """Return the transformers class that a model was saved as, and its config; no weights are read.
+
+    The class is that of ``config.architectures``; the bare model's where the config names none, and None for
+    a folder that `topoprune.save` wrote.
+
+    Raises:
+        ValueError: unknown id, hub out of reach, damaged files, or a class that this transformers has not.
+    """
+    import transformers
+
+    config = _load(transformers.AutoConfig.from_pretrained, name)
+    if getattr(config, "topoprune", None) is not None:
+        return None, config
+    names = getattr(config, "architectures", None) or ()
+    if not names:
+        return _base_class(config), config
+    found = getattr(transformers, names[0], None)
+    if not isinstance(found, type):
+        raise ValueError(
+            f"{str(name)!r} was saved as a {names[0]}, which transformers {transformers.__version__} does not have; "
+            "load it in Python and use topoprune there"
+        )
+    return found, config
+
+
+def main_input(name: str | Path) -> str:
+    """Return the main argument of a model's forward, ``"input_ids"`` or ``"pixel_values"``; no weights are read."""
+    _, config = model_class(name)
+    return str(_base_class(config).main_input_name)
+
+
+def _base_class(config: Any) -> Any:
+    """Return transformers' class for the bare model of a config."""
+    from transformers import MODEL_MAPPING
+
+    known: Any = MODEL_MAPPING
+    if type(config) not in known:
+        raise ValueError(f"transformers has no model without a task head for {type(config).__name__}")
+    found = known[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def has_tokenizer(where: str) -> bool:
+    """Return whether a folder holds files of a tokenizer; True for a hub id, which only the hub can tell.
+
+    transformers makes an empty tokenizer up where a folder has none.
+    """
+    folder = Path(where)
+    return not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def load_full(name: str | Path, *, dtype: str = "auto") -> Any:
+    """Return a model as it was saved, with its own task head, in eval mode; compacted ones too.
+
+    Args:
+        name: folder, hub id, or ``"embedded"``. dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"``,
+            ``"float16"``.
+
+    Raises:
+        ValueError: as `model_class`, weights that do not fit, or files without some of them.
+    """
+    cls, _ = model_class(name)
+    if cls is None:
+        from topoprune.compaction.loading import load
+
+        return _load(load, name, dtype=dtype).eval()
+    model, info = _load(cls.from_pretrained, name, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the files of {str(name)!r} lack {len(missing)} weights of a {cls.__name__}, {missing[0]!r} first: "
+            "they would be random numbers. Load it in Python and use topoprune there"
+        )
+    return model.eval()
+
+
 def load_tokenizer(name: str | Path) -> Any:
     """Return the tokenizer, with the end-of-text token as padding where it has none."""
     from transformers import AutoTokenizer
@@ -91,6 +189,9 @@ def calibration_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yield batches of model inputs on the model's device; nothing is loaded before the first is asked for."""
     tokenizer = load_tokenizer(name)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        max_length = max(1, min(max_length, positions - 2))  # RoBERTa counts positions from 2
     chosen = list(texts)
     for start in range(0, len(chosen), batch_size):
         batch = tokenizer(
