@@ -152,7 +152,7 @@ def _models(
 ) -> dict[str, Any]:
     models = {
         "ours": compact(dense, plan),
-        "native": native(shape, counts, options.seed + 1).to(options.device),
+        "native": native(shape, counts, dense, options.seed + 1).to(options.device),
     }
     # Torch-Pruning cannot remove the last head or neuron of a layer.
     if shape.family == "bert" and all(min(pair) > 0 for pair in counts) and torch_pruning_peer.available():

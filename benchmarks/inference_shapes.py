@@ -6,6 +6,7 @@ stock config where it can say them (T5, Llama), else by fresh ``nn.Linear`` in a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,8 +192,13 @@ def plan_of(model: nn.Module, counts: Counts, seed: int) -> Plan:
     return Plan(sites, solutions)
 
 
-def native(shape: Shape, counts: Counts, seed: int) -> Any:
-    """Return a model of these sizes built directly; zero heads or neurons in BERT only."""
+def native(shape: Shape, counts: Counts, dense: Any, seed: int) -> Any:
+    """Return a model of these sizes built directly; zero heads or neurons in BERT only.
+
+    Args:
+        shape: which. counts: sizes of every layer. dense: what the parts that are not pruned are copied from, where
+            the stock config cannot say the sizes. seed: of new weights.
+    """
     if shape.family in ("t5", "llama"):
         (heads, neurons), *others = dict.fromkeys(counts)
         if others:
@@ -202,7 +208,7 @@ def native(shape: Shape, counts: Counts, seed: int) -> Any:
         if shape.family == "llama":
             changes["num_key_value_heads"] = heads
         return build(shape, seed, **changes)
-    model = build(shape, seed)
+    model = copy.deepcopy(dense)
     make = _native_bert if shape.family == "bert" else _native_opt
     layers = model.bert.encoder.layer if shape.family == "bert" else model.model.decoder.layers
     with torch.random.fork_rng(devices=[]):
@@ -220,26 +226,34 @@ def _native_bert(layer: Any, heads: int, neurons: int) -> None:
         layer.attention.output.dense = nn.Linear(inner, width)
         attention.num_attention_heads, attention.all_head_size = heads, inner
     else:
-        layer.attention = _BiasOnly(layer.attention.output)
+        layer.attention = _BareAttention(layer.attention.output)
     if neurons:
         layer.intermediate.dense, layer.output.dense = nn.Linear(width, neurons), nn.Linear(neurons, width)
     else:
-        layer.feed_forward_chunk = _BiasOnly(layer.output).single
+        layer.intermediate, layer.output = nn.Identity(), _BareOutput(layer.output)
 
 
-class _BiasOnly(nn.Module):
-    """A BERT sublayer of which only the output bias and the LayerNorm are left."""
+class _BareOutput(nn.Module):
+    """What is left of a BERT sublayer without units: the output bias and the LayerNorm."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
         self.bias, self.LayerNorm = output.dense.bias, output.LayerNorm
 
-    def single(self, hidden: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.LayerNorm(hidden + self.bias)
+    def forward(self, _: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.LayerNorm(residual + self.bias)
         return result
 
+
+class _BareAttention(nn.Module):
+    """A BERT attention block without heads."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = _BareOutput(output)
+
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return self.single(hidden), None
+        return self.output(hidden, hidden), None
 
 
 def _native_opt(layer: Any, heads: int, neurons: int) -> None:

@@ -135,6 +135,21 @@ def test_the_models_own_settings_are_used_and_kept() -> None:
     assert not hasattr(model, "_previous_max_cache_length") and not hasattr(smaller, "_previous_max_cache_length")
 
 
+@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_generating_left_on_the_dense_model_does_not_go_along(family: str, inplace: bool) -> None:
+    model: Any = build(family)
+    plan = structure_plan(model)
+    twin = build(family)
+    settings = dict(max_new_tokens=3, cache_implementation="static", disable_compile=True, pad_token_id=0)
+    model.generate(**prompt_of(model, inputs(model)), **settings)
+    model._compiled_call = model.__call__  # as generate leaves it on a GPU
+    smaller: Any = compact(model, plan, inplace=inplace)
+    assert not {"_compiled_call", "_cache"} & set(vars(smaller))
+    with apply(twin, plan):
+        assert check_equivalence(twin, smaller, inputs(twin), generate=True, max_new_tokens=3)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 

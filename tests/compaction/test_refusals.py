@@ -193,6 +193,22 @@ def test_models_spread_over_devices_are_refused() -> None:
     assert_same_function(compact(model, plan), masked_logits(model, plan))
 
 
+class _Sharded(torch.Tensor):
+    """Looks like a float tensor and is none, as DTensor and torchao's quantised tensors do."""
+
+
+def test_tensors_that_only_look_ordinary_are_refused() -> None:
+    model = build("bert")
+    plan = structure_plan(model)
+    dense = model.bert.encoder.layer[0].output.dense
+    dense.weight = nn.Parameter(dense.weight.detach().as_subclass(_Sharded))
+    assert dense.weight.is_floating_point()
+    with pytest.raises(ValueError, match=r"0\.output\.dense\.weight' is a _Sharded, expected an ordinary tensor"):
+        compact(model, plan, inplace=True)
+    assert type(model) is BertForSequenceClassification
+    assert dense.out_features == HIDDEN
+
+
 def test_models_without_data_are_refused() -> None:
     model = build("bert")
     plan = structure_plan(model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, ElectraConfig, ElectraModel
 
 from tests.compaction.cases import EMPTY, GENERATING, empty_plan, structure_plan
 from tests.compaction.filetools import content, outputs, state
@@ -32,11 +34,17 @@ CASES = [(family, case) for family in FAMILIES for case in ("gathered", "nothing
 
 def dense(family: str, seed: int = 0) -> Any:
     """A tiny model whose position tables are those that transformers computes and never stores."""
+    return copy.deepcopy(_dense(family, seed))
+
+
+@cache
+def _dense(family: str, seed: int) -> Any:
     model: Any = build(family, seed)
-    fresh = type(model)(model.config)
-    with torch.no_grad():
-        for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
-            if name in dict(model.named_parameters()):
+    names = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) & {name for name, _ in model.named_parameters()}
+    if names:
+        fresh = type(model)(model.config)
+        with torch.no_grad():
+            for name in names:
                 model.get_parameter(name).copy_(fresh.get_parameter(name))
     return model
 
@@ -139,7 +147,7 @@ def test_the_folder_is_an_ordinary_one(stock: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", ["uneven", "no neurons", "no heads"])
+@pytest.mark.parametrize("case", ["uneven", "no neurons"])
 def test_ffn_widths_are_those_of_the_widest_layer(family: str, case: str) -> None:
     model = compacted(family, case, seed=2)
     shape = uniform_shape(model)
@@ -209,7 +217,7 @@ def grouped(family: str, heads: int, kv_heads: int, seed: int = 0) -> Any:
     return model
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**16), share=st.sampled_from([0.3, 0.6, 0.9]))
 def test_unequal_query_heads_per_group_fit_and_never_take_more_than_the_dense_shape(seed: int, share: float) -> None:
     model = grouped("llama", heads=8, kv_heads=2, seed=seed)
@@ -226,7 +234,7 @@ def test_unequal_query_heads_per_group_fit_and_never_take_more_than_the_dense_sh
     assert shape.config["num_attention_heads"] % shape.config["num_key_value_heads"] == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(family=st.sampled_from(sorted(FAMILIES)), seed=st.integers(0, 2**16))
 def test_the_shape_says_what_comes_out(family: str, seed: int) -> None:
     model = compacted(family, seed=seed)
@@ -235,7 +243,10 @@ def test_the_shape_says_what_comes_out(family: str, seed: int) -> None:
     stock, again = uniform_model(model)
     assert state(model) == before and torch.equal(torch.get_rng_state(), noise) and shape == again
     assert shape.parameters == sum(p.numel() for p in stock.parameters())
-    assert shape.padding == shape.parameters - sum(p.numel() for p in model.parameters())
+    real = shape.parameters - shape.padding
+    compact_size = sum(p.numel() for p in model.parameters())
+    # T5: a compacted model keeps columns of the position bias that no head reads any more
+    assert real <= compact_size if family.startswith("t5") else real == compact_size
     assert 0 <= shape.padding_share < 1 and f"{shape.parameters:,}" in str(shape)
     assert all(getattr(stock.config, name) == value for name, value in shape.config.items())
     assert all(shape.config[name] <= value for name, value in shape.dense.items())
@@ -254,11 +265,12 @@ def test_a_dense_model_keeps_its_shape_and_every_bit(family: str, tmp_path: Path
 # -- what else a folder has to keep ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [family for family in GENERATING if family not in ("t5-gated", "qwen3")])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    # encoder-decoders are always tied
+    [*((family, True) for family in GENERATING), *((family, False) for family in ("opt", "llama", "qwen2", "gpt2"))],
+)
 def test_embeddings_stay_tied_or_apart(family: str, tied: bool, tmp_path: Path) -> None:
-    if family in ("t5", "bart", "marian") and not tied:
-        pytest.skip("always tied")
     config = dense(family).config
     config.tie_word_embeddings = tied
     model = type(dense(family))(config).eval()
@@ -324,29 +336,6 @@ def refused(model: Any, place: Path, match: str, **options: Any) -> None:
     assert content(place) == before and not (place / "out").exists()
 
 
-def by_hand() -> Any:
-    """A known family with a site of its own making: the first neurons, under another name."""
-    model: Any = dense("bert")
-    layer = model.bert.encoder.layer[0]
-    into, out = layer.intermediate.dense.weight, layer.output.dense.weight
-    prefix = "bert.encoder.layer.0"
-    site = Site(
-        name="mine",
-        kind="neuron",
-        n_units=NEURONS,
-        unit_width=1,
-        reads=(
-            TensorSlice(f"{prefix}.intermediate.dense.weight", 0, "in", tuple(into.shape)),
-            TensorSlice(f"{prefix}.intermediate.dense.bias", 0, "in_bias", (NEURONS,)),
-        ),
-        writes=(TensorSlice(f"{prefix}.output.dense.weight", 1, "out", tuple(out.shape)),),
-        consumer=f"{prefix}.output.dense",
-        block="ffn",
-    )
-    keep = np.arange(NEURONS) < 10
-    return compact(model, Plan((site,), {"mine": Solution(keep, 10.0, "min", Status.FEASIBLE, "test")}))
-
-
 def test_what_cannot_be_said_is_refused(tmp_path: Path) -> None:
     class Mine(BertModel):
         pass
@@ -354,7 +343,9 @@ def test_what_cannot_be_said_is_refused(tmp_path: Path) -> None:
     config = BertConfig(**{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8})
     refused(Mine(config), tmp_path, "Mine is not a class of transformers")
     refused(torch.nn.Linear(2, 2), tmp_path, "Linear is not a class of transformers")
-    refused(by_hand(), tmp_path, "pruned physically|already pruned|made by hand")
+    handmade = compacted("bert")
+    handmade.config.topoprune["sites"]["mine"] = handmade.config.topoprune["sites"]["encoder.1.ffn"]
+    refused(handmade, tmp_path, "site 'mine' was made by hand")
     sliced = dense("bert")
     sliced.bert.encoder.layer[0].intermediate.dense = torch.nn.Linear(24, 7)
     refused(sliced, tmp_path, "already pruned")
@@ -363,10 +354,27 @@ def test_what_cannot_be_said_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
-    from transformers import ElectraConfig, ElectraModel
-
     sizes = {"hidden_size": 8, "embedding_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    refused(ElectraModel(ElectraConfig(vocab_size=8, intermediate_size=8, **sizes)), tmp_path, "no adapter.*electra")
+    model = ElectraModel(ElectraConfig(vocab_size=8, intermediate_size=NEURONS, **sizes))
+    refused(model, tmp_path, "no adapter.*electra")
+    # Made by hand, its neurons can be removed; how to say that in its config is not known.
+    prefix = "encoder.layer.0"
+    site = Site(
+        name="mine",
+        kind="neuron",
+        n_units=NEURONS,
+        unit_width=1,
+        reads=(
+            TensorSlice(f"{prefix}.intermediate.dense.weight", 0, "in", (NEURONS, 8)),
+            TensorSlice(f"{prefix}.intermediate.dense.bias", 0, "in_bias", (NEURONS,)),
+        ),
+        writes=(TensorSlice(f"{prefix}.output.dense.weight", 1, "out", (8, NEURONS)),),
+        consumer=f"{prefix}.output.dense",
+        block="ffn",
+    )
+    keep = np.arange(NEURONS) < 10
+    plan = Plan((site,), {"mine": Solution(keep, 10.0, "min", Status.FEASIBLE, "test")})
+    refused(compact(model, plan), tmp_path, "no adapter.*electra")
 
 
 def test_options_of_the_other_format_are_refused(tmp_path: Path) -> None:

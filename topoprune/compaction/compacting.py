@@ -23,6 +23,10 @@ from topoprune.planning import Plan
 
 __all__ = ["compact", "dress", "prepare"]
 
+# `generate` leaves them on a model: a compiled call that runs the model it was made for, also from a copy, and (before
+# transformers 5.17) a static cache of that model's shapes.
+_OF_THE_DENSE_MODEL = ("_compiled_call", "_cache")
+
 
 def compact(
     model: nn.Module,
@@ -51,9 +55,10 @@ def compact(
         gather: input dimensions the plan zeroes. ``"auto"``: an index-gather before a smaller projection
             where that was measured to be faster here, else they stay as zeros (with a warning that says so).
             ``"always"``, ``"never"``.
-        duplicate_kv: where query heads per KV group are unequal, give key/value heads copies.
-        inplace: change this model instead of returning a new one. Needs no second copy; optimizers made
-            before lose its parameters (see `Pruner` for training).
+        duplicate_kv: where query heads per KV group are unequal, give key/value heads copies. Groups that lose
+            all of their query heads leave whole, and need none.
+        inplace: change this model instead of returning a new one, not under an open `MaskHandle`. Needs no second
+            copy; optimizers made before lose its parameters (see `Pruner` for training).
         allow_changed_weights: accept a plan made from other weight values of the same architecture,
             although what it removes is not zero here.
 
@@ -61,10 +66,11 @@ def compact(
         A model of class ``Compact<class>``, whose ``config.topoprune`` says its shapes; or `model`.
 
     Raises:
-        ValueError: a plan of another model or of other weights, one that was carried out already, quantised or
-            non-finite weights, unequal query heads in a KV group. Nothing is changed.
+        ValueError: a plan of another model or of other weights, one that was carried out already, quantised,
+            sharded, tied or non-finite weights, unequal query heads in a KV group, heads of a family that is
+            not described. Nothing is changed.
 
-    Complexity: O(parameters); memory of the smaller model (in place: of its largest matrix).
+    Complexity: O(parameters); memory of the smaller model (in place: of its cut matrices).
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -192,6 +198,11 @@ def _check_whole(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} has no data (meta device); load the weights first")
+        if type(parameter.data) is not torch.Tensor:
+            raise ValueError(
+                f"parameter {name!r} is a {type(parameter.data).__name__}, expected an ordinary tensor: compact the "
+                "model before it is sharded or quantised"
+            )
 
 
 def _check_weights(model: nn.Module, sites: tuple[Site, ...], plan: Plan, allowed: bool) -> None:
@@ -247,6 +258,8 @@ def dress(model: Any, cut: Cut, layout: dict[str, Any]) -> None:
     for name, patch in cut.patches.items():
         patch_module(model.get_submodule(name), patch)
     if isinstance(model, PreTrainedModel):
+        for name in _OF_THE_DENSE_MODEL:
+            vars(model).pop(name, None)
         _own_config(model).topoprune = layout
         model.__class__ = compact_class(type(model))
 

@@ -26,6 +26,8 @@ from topoprune.masks import unwrap
 
 __all__ = ["Equivalence", "check_equivalence"]
 
+_REMEMBERED = ("_previous_max_cache_length", "_cache")  # what a static cache leaves on a model
+
 
 @dataclass(frozen=True)
 class Equivalence:
@@ -207,8 +209,7 @@ def _batches(inputs: Any) -> list[Mapping[str, Any]]:
 def _evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module has its own flag again, and what `generate` remembers is gone."""
     flags = [(module, module.training) for model in models for module in model.modules()]
-    remembered = "_previous_max_cache_length"
-    lengths = [(bare, vars(bare).get(remembered)) for bare in map(unwrap, models)]
+    kept = [{name: vars(bare)[name] for name in _REMEMBERED if name in vars(bare)} for bare in map(unwrap, models)]
     try:
         for model in models:
             model.eval()
@@ -216,7 +217,7 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-        for bare, length in lengths:
-            vars(bare).pop(remembered, None)
-            if length is not None:
-                vars(bare)[remembered] = length
+        for bare, values in zip(map(unwrap, models), kept, strict=True):
+            for name in _REMEMBERED:
+                vars(bare).pop(name, None)
+            vars(bare).update(values)

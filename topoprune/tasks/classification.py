@@ -142,8 +142,7 @@ def train_classifier(
 
     with quiet_libraries():
         predicted = trainer.predict(trainer.eval_dataset).predictions
-        network.save_pretrained(folder.path)
-        tokenizer.save_pretrained(folder.path)
+        _save(network, tokenizer, pruning, folder.path)
     # Some models return hidden states beside the logits.
     logits = np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted)
     files = {"model": str(folder.path), "result": str(folder.path / "result.json")}
@@ -218,6 +217,18 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _save(network: Any, tokenizer: Any, pruning: Any, path: Path) -> None:
+    from topoprune.compaction import save
+    from topoprune.compaction.layout import layout_of
+
+    if layout_of(network) is None:
+        network.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return
+    network.config.save_pretrained(path)  # marks the run's folder as a model's, which `save` may replace
+    save(network, pruning.pruner.plan, path, tokenizer=tokenizer)
 
 
 def _size_figures(network: Any, figures: Any = None) -> dict[str, Any]:
