@@ -18,7 +18,18 @@ import numpy as np
 
 __all__ = ["Figure", "Options", "Outcome", "data_folder", "environment", "percentile_interval", "table", "write_json"]
 
-PACKAGES = ("topoprune", "torch", "transformers", "numpy", "scipy", "ortools", "igraph", "numba", "python-sat")
+PACKAGES = (
+    "topoprune",
+    "torch",
+    "transformers",
+    "numpy",
+    "scipy",
+    "ortools",
+    "igraph",
+    "numba",
+    "python-sat",
+    "torch-pruning",
+)
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,44 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert one == other
 
 
+def test_save_pretrained_into_a_saved_folder(tmp_path: Path) -> None:
+    """The manifest would speak of the weights before; it goes, and nothing is taken for verified."""
+    model, plan = small("bert")
+    folder = save(model, plan, tmp_path / "model")
+    again = load(folder)
+    with torch.no_grad():
+        again.classifier.bias.add_(1)
+    again.save_pretrained(folder)
+    assert not (folder / "topoprune.json").exists()
+    with pytest.warns(UserWarning, match="without verification"):
+        same_state(load(folder), again)
+    save(again, plan, folder)
+    same_state(load(folder), again)
+
+
+def test_trainer_writes_what_load_reads(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model, _ = small("bert")
+    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=2, save_steps=1, report_to=[], use_cpu=True)
+    rows = [{key: value[i] for key, value in batch_of(model, 0).items()} for i in range(4)]
+    trainer = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    model.eval()
+    for folder in (tmp_path / "run" / "checkpoint-2", tmp_path / "final"):
+        with pytest.warns(UserWarning, match="without verification"):
+            same_state(load(folder), model)
+
+
+def test_options_of_from_pretrained_pass_through(tmp_path: Path) -> None:
+    model, plan = small("llama")
+    again = load(save(model, plan, tmp_path / "model"), attn_implementation="eager", torch_dtype=torch.float64)
+    assert again.config._attn_implementation == "eager" and again.dtype == torch.float64
+    with pytest.raises((ValueError, ImportError)):
+        load(tmp_path / "model", attn_implementation="nothing of the kind")
+
+
 def test_a_tokenizer_comes_along_without_its_path(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -167,6 +167,23 @@ def test_weights_that_do_not_fit_the_config(lacking: str, tmp_path: Path) -> Non
     assert ("bert.more" if lacking == "left over" else name) in str(seen.value)
 
 
+def test_auto_classes_do_not_make_up_weights_of_cut_layers(tmp_path: Path) -> None:
+    """transformers only warns about weights that are missing, and draws them at random."""
+    from safetensors.torch import load_file, save_file
+
+    model, _ = small("bert")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["classifier.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    type(model).from_pretrained(tmp_path)  # a new task head is nobody's mistake
+    del tensors["bert.encoder.layer.0.intermediate.dense.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for 'bert\.encoder\.layer\.0\.intermediate"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_what_is_no_compacted_model(tmp_path: Path) -> None:
     build("bert").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match=r"dense model.*AutoModel"):
@@ -241,6 +258,12 @@ def _foreign(target: Path, _: pytest.MonkeyPatch) -> Path:
     return target
 
 
+def _current(target: Path, patch: pytest.MonkeyPatch) -> Path:
+    target.mkdir()
+    patch.chdir(target)
+    return Path()
+
+
 def _forbidden(target: Path, patch: pytest.MonkeyPatch) -> Path:
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -269,6 +292,7 @@ REFUSED: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], Path], type[Except
     "a folder with something else": (_foreign, ValueError, "holds no model"),
     "no permission": (_forbidden, PermissionError, "no permission to write"),
     "no space, known before": (_full, OSError, "the weights have .* has 100 left"),
+    "the current folder": (_current, ValueError, "this process stands in it"),
     "a mount point": (_unswappable, OSError, "mount point"),
 }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from tests.compaction.cases import EMPTY, GENERATING, empty_plan, structure_plan, trained
 from tests.tiny import build, inputs
@@ -174,3 +177,21 @@ def test_unknown_caches_are_refused(caches: Any) -> None:
     model = build("gpt2")
     with pytest.raises(ValueError, match=r"expected some of dynamic, static"):
         check_equivalence(model, model, inputs(model), generate=True, caches=caches)
+
+
+# -- real weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.pretrained
+@pytest.mark.skipif(not os.environ.get("TOPOPRUNE_DATA"), reason="TOPOPRUNE_DATA is not set: no real models here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pretrained_model_tells_the_same_story(dtype: torch.dtype) -> None:
+    folder = Path(os.environ["TOPOPRUNE_DATA"], "models", "stories260k-llama")
+    if not folder.exists():
+        pytest.skip(f"{folder} does not exist")
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    ids = torch.randint(3, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    for plan in (structure_plan(model, 0.25), empty_plan(model, EMPTY["no heads in the first layer"])):
+        with apply(model, plan):
+            found = check_equivalence(model, compact(model, plan), {"input_ids": ids}, generate=True, max_new_tokens=24)
+        assert found, str(found)

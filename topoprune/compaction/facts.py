@@ -114,7 +114,7 @@ def per_layer(model: Any) -> dict[str, Any]:
     blocks = {(block.stack, _kind(block)): block for block in family.blocks}
     found: dict[str, dict[str, int]] = {}
     for name, entry in layout["sites"].items():
-        stack, layer, kind = name.split(".")
+        stack, layer, kind = name.split(".", 2)
         values = _attributes(blocks.get((stack, kind)), entry)
         row = found.setdefault(layer, {})
         if values is None or any(row.get(key, value) != value for key, value in values.items()):

@@ -36,13 +36,16 @@ def check_target(path: str | os.PathLike[str], *marks: str) -> Path:
 
     Raises:
         NotADirectoryError: the path, or something above it, is a file.
-        ValueError: a folder that holds something else than what is replaced here.
+        ValueError: a folder that holds something else than what is replaced here, or in which this process stands.
     """
     if not os.fspath(path):
         raise ValueError("the path to save to is empty")
     target = Path(os.path.realpath(path))
     if target.parent == target:
         raise ValueError(f"cannot save to {target}: give a folder of its own for the model")
+    here = Path(os.path.realpath(os.curdir))
+    if target == here or target in here.parents:
+        raise ValueError(f"cannot save to {target}: it is replaced as a whole, and this process stands in it")
     above = next(folder for folder in (target, *target.parents) if folder.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"cannot save to {path}: {above} is a file; give the name of a folder")

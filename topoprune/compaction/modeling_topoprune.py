@@ -147,7 +147,7 @@ class BiasOfKeptHeads(Patched):
         out = _constant(self.o, hidden_states)
         if shared is None:
             shared = hidden_states.new_zeros((1, 1, hidden_states.shape[1], 1))
-        return (out, shared) if old else (out, shared, None)
+        return (out, shared) if old and not kwargs.get("output_attentions") else (out, shared, None)
 
     def _whole_bias(self, hidden_states: torch.Tensor, kwargs: Mapping[str, Any], with_mask: bool) -> torch.Tensor:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("mask")
@@ -229,6 +229,12 @@ class Compacted:
                 f"{cls.__name__}: it is damaged, or was written by another version of transformers"
             )
         return (model, info) if wanted else model
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers searches the file that a class comes from for attention: that is the stock class's file.
+        stock: Any = cls.__mro__[cls.__mro__.index(Compacted) + 1]
+        return bool(stock._can_set_attn_implementation())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank_model, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[attr-defined]
