@@ -317,6 +317,15 @@ def test_a_saved_folder_becomes_a_stock_one_and_keeps_its_tokenizer(tmp_path: Pa
     assert set(content(folder)) == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
+def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
+    model = BertModel(dense("bert").config, add_pooling_layer=False).eval()
+    smaller = compact(model, structure_plan(model))
+    again = BertModel.from_pretrained(export(smaller, tmp_path / "stock", uniform=True), add_pooling_layer=False)
+    given = inputs(model)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**given)[0], smaller(**given)[0], rtol=1e-4, atol=3e-5)
+
+
 def test_sharded(tmp_path: Path) -> None:
     model = compacted("bert")
     folder = export(model, tmp_path / "stock", uniform=True, max_shard_size=20_000)
