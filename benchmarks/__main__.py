@@ -19,6 +19,7 @@ BENCHMARKS = {
     "edge_select": "edge masks of a 768 x 3072 layer: seconds and certified gap, beside min-cost flow; N:M masks",
     "pace": "public dominating-set instances: size, bound and gap against the best known values",
     "layer_budget": "one choice per layer under two budgets: certified gap and seconds of every solver",
+    "train_time": "fine-tuning to 80 % sparsity against dense fine-tuning: seconds, score, memory",
     "inference": "forward passes of compacted models against dense, natively built and Torch-Pruning's ones",
     "artefact": "saving and loading compacted models against save_pretrained and from_pretrained, per byte",
     "quality_lm": "stories260k: loss after one-shot pruning, ours against baselines",

@@ -43,7 +43,7 @@ def export(
     that is installed, and compared with the model before it gets its name.
 
     Args:
-        model: a transformers model with any task head, compacted or dense. Zeros stay where they are: `compact` it first.
+        model: a transformers model with any task head, compacted or dense (masked: `compact` it first).
         path: folder, or file whose name ends in ``.onnx``. Replaced as a whole; a folder must be new, empty or
             hold a model.
         uniform: pad to a uniform shape. Needed for folders (`topoprune.save` writes the others).
