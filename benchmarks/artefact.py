@@ -8,6 +8,8 @@ medians. Keys, after ``<model>_``:
 - ``save_synced_ratio``: as ``save_ratio`` with an fsync after ``save_pretrained``, timed.
 - ``load_unverified_ratio``: as ``load_ratio`` with ``verify=False``.
 - ``size_share``: bytes of our folder over the dense one's. ``save_s``, ``load_s`` and ``dense_…``: seconds.
+- ``fixed_save_s``, ``fixed_load_s``: the dense model's with a hundredth of the bytes in the same modules: what does not
+  depend on bytes. ``from_pretrained`` maps the file and copies nothing, so that is nearly all it takes.
 
 Gate: loaded weights are bit for bit those saved, and the logits are equal.
 """
@@ -33,6 +35,11 @@ from topoprune import compact
 from topoprune.compaction import load, save
 
 TARGET = 1.2
+_SMALL = {"hidden_size": 96, "vocab_size": 1000}
+MINIATURES = {
+    "bert": {**_SMALL, "intermediate_size": 384},
+    "opt": {**_SMALL, "ffn_dim": 384, "word_embed_proj_dim": 96},
+}
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,11 @@ def _measure(shape: Shape, spec: Spec, options: Options) -> tuple[dict[str, Any]
     dense = build(shape, options.seed)
     plan = plan_of(dense, shape.counts(spec.sparsity), options.seed)
     small = compact(dense, plan)
+    tiny = build(shape, options.seed, **MINIATURES[shape.family])
     example = inputs(shape, 2, options.seed, "cpu")
     seconds: Seconds = {}
     with tempfile.TemporaryDirectory() as parent:
-        theirs, ours = Path(parent) / "dense", Path(parent) / "ours"
+        theirs, ours, fixed = (Path(parent) / name for name in ("dense", "ours", "fixed"))
         steps: list[tuple[str, Callable[[], Any]]] = [
             ("dense_save", lambda: dense.save_pretrained(theirs)),
             ("dense_sync", lambda: _sync(theirs)),  # at once, else it would be written while others are timed
@@ -89,6 +97,8 @@ def _measure(shape: Shape, spec: Spec, options: Options) -> tuple[dict[str, Any]
             ("dense_load", lambda: type(dense).from_pretrained(theirs)),
             ("load", lambda: load(ours)),
             ("load_unverified", lambda: load(ours, verify=False)),
+            ("fixed_save", lambda: tiny.save_pretrained(fixed)),
+            ("fixed_load", lambda: type(tiny).from_pretrained(fixed)),
         ]
         for _ in range(spec.repeats + 1):
             for name, step in steps:
@@ -165,7 +175,7 @@ def _figures(row: dict[str, Any]) -> dict[str, Figure]:
         f"{key}_load_unverified_ratio": Figure(row["load_unverified_ratio"], "ratio"),
         f"{key}_size_share": Figure(row["size_share"], "ratio"),
     }
-    for name in ("save", "load", "dense_save", "dense_load"):
+    for name in ("save", "load", "dense_save", "dense_sync", "dense_load", "fixed_save", "fixed_load"):
         figures[f"{key}_{name}_s"] = Figure(float(np.median(seconds[name])), "s")
     return figures
 
