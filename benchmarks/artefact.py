@@ -5,6 +5,9 @@ medians. Keys, after ``<model>_``:
 
 - ``save_ratio``, ``load_ratio``: our seconds per byte over the dense model's. `save` also hashes what it wrote and
   waits until it lies on the disk (fsync), which ``save_pretrained`` does not; `load` also checks the hashes.
+- ``save_same_bytes_ratio``, ``load_same_bytes_ratio``: the same against a stock model with as many bytes
+  (narrower FFNs), its save with the fsync. What building modules costs does not shrink with their bytes, so seconds per byte of any smaller stock model are more
+  than the dense one's too; this says what our format adds.
 - ``save_synced_ratio``: as ``save_ratio`` with an fsync after ``save_pretrained``, timed.
 - ``load_unverified_ratio``: as ``load_ratio`` with ``verify=False``.
 - ``size_share``: bytes of our folder over the dense one's. ``save_s``, ``load_s`` and ``dense_…``: seconds.
@@ -85,11 +88,13 @@ def _measure(shape: Shape, spec: Spec, options: Options) -> tuple[dict[str, Any]
     dense = build(shape, options.seed)
     plan = plan_of(dense, shape.counts(spec.sparsity), options.seed)
     small = compact(dense, plan)
+    twin = _stock_of_as_many_bytes(shape, dense, small, options.seed)
     tiny = build(shape, options.seed, **MINIATURES[shape.family])
     example = inputs(shape, 2, options.seed, "cpu")
     seconds: Seconds = {}
     with tempfile.TemporaryDirectory() as parent:
-        theirs, ours, fixed = (Path(parent) / name for name in ("dense", "ours", "fixed"))
+        theirs, ours, stock, fixed = (Path(parent) / name for name in ("dense", "ours", "stock", "fixed"))
+        first_of = {"dense_save": theirs, "save": ours, "stock_save": stock}
         steps: list[tuple[str, Callable[[], Any]]] = [
             ("dense_save", lambda: dense.save_pretrained(theirs)),
             ("dense_sync", lambda: _sync(theirs)),  # at once, else it would be written while others are timed
@@ -97,21 +102,32 @@ def _measure(shape: Shape, spec: Spec, options: Options) -> tuple[dict[str, Any]
             ("dense_load", lambda: type(dense).from_pretrained(theirs)),
             ("load", lambda: load(ours)),
             ("load_unverified", lambda: load(ours, verify=False)),
+            ("stock_save", lambda: twin.save_pretrained(stock)),
+            ("stock_sync", lambda: _sync(stock)),
+            ("stock_load", lambda: type(twin).from_pretrained(stock)),
             ("fixed_save", lambda: tiny.save_pretrained(fixed)),
             ("fixed_load", lambda: type(tiny).from_pretrained(fixed)),
         ]
         for _ in range(spec.repeats + 1):
             for name, step in steps:
                 # Each writes where its own last files were: memory that the page cache has never had is slow.
-                if name in ("dense_save", "save"):
-                    shutil.rmtree(theirs if name == "dense_save" else ours, ignore_errors=True)
+                if name in first_of:
+                    shutil.rmtree(first_of[name], ignore_errors=True)
                 seconds.setdefault(name, []).append(_timed(step))
-        sizes = {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in (theirs, ours)}
+        sizes = {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in first_of.values()}
         # torch picks another kernel for weights that could have gradients, with other roundings
         wrong = _faults(small, load(ours).requires_grad_(False), example)
     seconds = {name: values[1:] for name, values in seconds.items()}
     row = {"shape": shape.key, "sparsity": spec.sparsity, "repeats": spec.repeats, "bytes": sizes, "seconds": seconds}
-    return row | _ratios(seconds, sizes["ours"] / sizes["dense"], options.seed), wrong
+    return row | _ratios(seconds, sizes, options.seed), wrong
+
+
+def _stock_of_as_many_bytes(shape: Shape, dense: Any, small: Any, seed: int) -> Any:
+    """Return a stock model of the same depth with about as many parameters as the compacted one."""
+    width = "ffn_dim" if hasattr(dense.config, "ffn_dim") else "intermediate_size"
+    surplus = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
+    a_neuron = dense.config.num_hidden_layers * (2 * dense.config.hidden_size + 1)
+    return build(shape, seed, **{width: getattr(dense.config, width) - round(surplus / a_neuron)})
 
 
 def _timed(step: Callable[[], Any]) -> float:
@@ -149,18 +165,22 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _ratios(seconds: Seconds, share: float, seed: int) -> dict[str, Any]:
+def _ratios(seconds: Seconds, sizes: dict[str, int], seed: int) -> dict[str, Any]:
     """Return seconds per byte, ours over theirs: medians over the rounds and their intervals."""
     durable = [write + sync for write, sync in zip(seconds["dense_save"], seconds["dense_sync"], strict=True)]
+    durable_stock = [write + sync for write, sync in zip(seconds["stock_save"], seconds["stock_sync"], strict=True)]
+    share, of_stock = sizes["ours"] / sizes["dense"], sizes["ours"] / sizes["stock"]
     pairs = {
-        "save_ratio": (seconds["save"], seconds["dense_save"]),
-        "save_synced_ratio": (seconds["save"], durable),
-        "load_ratio": (seconds["load"], seconds["dense_load"]),
-        "load_unverified_ratio": (seconds["load_unverified"], seconds["dense_load"]),
+        "save_ratio": (seconds["save"], seconds["dense_save"], share),
+        "save_synced_ratio": (seconds["save"], durable, share),
+        "save_same_bytes_ratio": (seconds["save"], durable_stock, of_stock),
+        "load_ratio": (seconds["load"], seconds["dense_load"], share),
+        "load_unverified_ratio": (seconds["load_unverified"], seconds["dense_load"], share),
+        "load_same_bytes_ratio": (seconds["load"], seconds["stock_load"], of_stock),
     }
-    result: dict[str, Any] = {"size_share": share}
-    for name, (ours, theirs) in pairs.items():
-        ratios = [a / b / share for a, b in zip(ours, theirs, strict=True)]
+    result: dict[str, Any] = {"size_share": share, "stock_size_share": of_stock}
+    for name, (ours, theirs, per) in pairs.items():
+        ratios = [a / b / per for a, b in zip(ours, theirs, strict=True)]
         result[name] = float(np.median(ratios))
         result[f"{name}_interval"] = percentile_interval(ratios, seed=seed)
     return result
@@ -171,11 +191,23 @@ def _figures(row: dict[str, Any]) -> dict[str, Figure]:
     figures = {
         f"{key}_save_ratio": Figure(row["save_ratio"], "ratio", TARGET),
         f"{key}_load_ratio": Figure(row["load_ratio"], "ratio", TARGET),
+        f"{key}_save_same_bytes_ratio": Figure(row["save_same_bytes_ratio"], "ratio", TARGET),
+        f"{key}_load_same_bytes_ratio": Figure(row["load_same_bytes_ratio"], "ratio", TARGET),
         f"{key}_save_synced_ratio": Figure(row["save_synced_ratio"], "ratio"),
         f"{key}_load_unverified_ratio": Figure(row["load_unverified_ratio"], "ratio"),
         f"{key}_size_share": Figure(row["size_share"], "ratio"),
     }
-    for name in ("save", "load", "dense_save", "dense_sync", "dense_load", "fixed_save", "fixed_load"):
+    for name in (
+        "save",
+        "load",
+        "dense_save",
+        "dense_sync",
+        "dense_load",
+        "stock_save",
+        "stock_load",
+        "fixed_save",
+        "fixed_load",
+    ):
         figures[f"{key}_{name}_s"] = Figure(float(np.median(seconds[name])), "s")
     return figures
 

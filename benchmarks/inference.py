@@ -104,9 +104,10 @@ def run(options: Options) -> Outcome:
         for batch in spec.batches:
             print(f"{shape.key}: batch {batch}", flush=True)
             seconds = _rounds(dense, cases, inputs(shape, batch, options.seed, options.device), spec, options)
-            for case in cases:
-                row = _row(shape, case, batch, seconds, options.seed)
-                rows.append(row)
+            found = [_row(shape, case, batch, seconds, options.seed) for case in cases]
+            notes.append(_spread(found))
+            rows += found
+            for row in found:
                 figures |= _figures(row)
     return Outcome(correct, figures, rows, notes)
 
@@ -115,6 +116,19 @@ def _note(spec: Spec) -> str:
     return (
         f"128 tokens, {str(spec.dtype).removeprefix('torch.')}; the causal models give the logits of the last position "
         "(a prompt's), T5 of all 128 of its decoder; FLOPs by torch.utils.flop_counter"
+    )
+
+
+def _spread(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the 95 % intervals of the rows of one shape at one batch size."""
+    first = rows[0]
+    spans = []
+    for row in rows:
+        (low, high), (least, most) = row["speedup_interval"], row["native_interval"]
+        spans.append(f"{row['case']} speedup {low:.2f}..{high:.2f}, native_ratio {least:.3f}..{most:.3f}")
+    return (
+        f"{first['shape']}_b{first['batch']}: {first['rounds']} rounds, dense {first['dense_seconds']:.3f} s; 95 % "
+        f"intervals of the medians: {'; '.join(spans)}"
     )
 
 

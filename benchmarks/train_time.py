@@ -33,12 +33,12 @@ SPARSITY = 0.8
 class Spec:
     """One run: examples seen, how they are batched, the optimizer's peak rate, the recipe."""
 
-    examples: int = 24_000
+    examples: int = 12_800
     batch: int = 32
     max_length: int = 64
-    rate: float = 1.5e-4
+    rate: float = 2e-4
     warmup: float = 0.06
-    ramp: tuple[float, float] = (0.05, 0.4)
+    ramp: tuple[float, float] = (0.05, 0.45)
     solves: int = 6
 
 
@@ -124,7 +124,7 @@ class _Run:
         self.pruner: Pruner | None = None
         if method != "dense":
             started = self.clock()
-            recipe = Recipe.budget(sparsity=SPARSITY, ramp=spec.ramp, solves=spec.solves)
+            recipe = Recipe.budget(sparsity=SPARSITY, ramp=spec.ramp, solves=spec.solves, repair="all")
             self.pruner = Pruner(
                 model, recipe, total_steps=steps, seed=options.seed, compact=method == "progressive"
             ).attach(self.optimizer)
