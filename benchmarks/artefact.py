@@ -6,8 +6,8 @@ medians. Keys, after ``<model>_``:
 - ``save_ratio``, ``load_ratio``: our seconds per byte over the dense model's. `save` also hashes what it wrote and
   waits until it lies on the disk (fsync), which ``save_pretrained`` does not; `load` also checks the hashes.
 - ``save_same_bytes_ratio``, ``load_same_bytes_ratio``: the same against a stock model with as many bytes
-  (narrower FFNs), its save with the fsync. What building modules costs does not shrink with their bytes, so seconds per byte of any smaller stock model are more
-  than the dense one's too; this says what our format adds.
+  (narrower FFNs), its save with the fsync. What building modules costs does not shrink with their bytes, so seconds
+  per byte of any smaller stock model are more than the dense one's too; this says what our format adds.
 - ``save_synced_ratio``: as ``save_ratio`` with an fsync after ``save_pretrained``, timed.
 - ``load_unverified_ratio``: as ``load_ratio`` with ``verify=False``.
 - ``size_share``: bytes of our folder over the dense one's. ``save_s``, ``load_s`` and ``dense_…``: seconds.
