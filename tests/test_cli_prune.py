@@ -270,6 +270,8 @@ def test_ctrl_c_while_saving_leaves_no_half_folder(tiny: dict[str, Path], tmp_pa
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        # A shell's background jobs ignore SIGINT, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     killer = threading.Timer(100, process.kill)  # a process that does not stop fails the test, and ends
     killer.start()

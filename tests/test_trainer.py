@@ -15,6 +15,7 @@ from tests.masktools import bits
 from tests.tiny import build, inputs
 from topoprune import Recipe, TopoPruneCallback, find_sites, measure_sparsity
 from topoprune.architectures import matrix_parameters
+from topoprune.masks import open_handle
 from topoprune.train.callback import STATE_FILE
 from topoprune.train.checkpoint import load_state
 
@@ -193,10 +194,10 @@ def test_a_checkpoint_without_the_state_is_refused(finished: Any, tmp_path: Path
 def test_a_checkpoint_of_another_recipe_is_refused(finished: Any, tmp_path: Path) -> None:
     _, folder, _, _, _ = finished
     shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
-    callback = TopoPruneCallback(Recipe.budget(0.25))
+    callback, model = TopoPruneCallback(Recipe.budget(0.25)), build("bert")
     with pytest.raises(ValueError, match="of recipe"):
-        trainer(build("bert"), tmp_path, callback).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert callback.pruner is not None and callback.pruner.handle.closed
+        trainer(model, tmp_path, callback).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert open_handle(model) is None
 
 
 def test_going_back_to_earlier_weights_is_refused(tmp_path: Path) -> None:
