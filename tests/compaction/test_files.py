@@ -242,3 +242,13 @@ def test_per_layer_config_where_it_says_everything(family: str, tmp_path: Path) 
     if layers is not None:
         assert {row["num_key_value_heads"] for row in layers.values()} == {1}
         assert {row["num_attention_heads"] for row in layers.values()} == {2}
+
+
+def test_files_have_ordinary_rights(tmp_path: Path) -> None:
+    model = build("bert")
+    folder = save(model, structure_plan(model, 0.5, 0), tmp_path / "out")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()} == {
+        file.name: 0o666 & ~umask for file in folder.iterdir()
+    }

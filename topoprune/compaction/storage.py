@@ -187,6 +187,10 @@ def _write_model(model: Any, folder: Path, sharding: Mapping[str, Any]) -> None:
     from topoprune.compaction import modeling_topoprune
 
     (folder / FILE_NAME).write_bytes(Path(modeling_topoprune.__file__).read_bytes())
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():  # safetensors makes its files private
+        file.chmod(0o666 & ~umask)
 
 
 def _complete_config(model: Any, path: Path, base: str | None) -> None:
