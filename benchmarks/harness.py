@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Figure", "Options", "Outcome", "data_folder", "environment", "percentile_interval", "table", "write_json"]
+__all__ = [
+    "Figure",
+    "Options",
+    "Outcome",
+    "clock_for",
+    "data_folder",
+    "environment",
+    "percentile_interval",
+    "table",
+    "write_json",
+]
 
 PACKAGES = (
     "topoprune",
@@ -116,6 +127,19 @@ def environment(options: Options) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seed": options.seed,
     }
+
+
+def clock_for(device: str) -> Callable[[], float]:
+    """Return a wall clock in seconds that waits for the device before it is read."""
+    if not device.startswith("cuda"):
+        return time.perf_counter
+    import torch
+
+    def synchronised() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronised
 
 
 def percentile_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:

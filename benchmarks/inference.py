@@ -17,7 +17,7 @@ model, ours and Torch-Pruning's give the same logits, and the native model has t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks import torch_pruning_peer
-from benchmarks.harness import Figure, Options, Outcome, percentile_interval
+from benchmarks.harness import Figure, Options, Outcome, clock_for, percentile_interval
 from benchmarks.inference_shapes import DROPPED, SHAPES, Counts, Shape, build, inputs, native, plan_of
 from topoprune import Plan, apply, compact, measure_sparsity
 
@@ -219,7 +219,7 @@ def _rounds(
     Returns:
         (case, model) -> one list a round of the seconds of its passes; the dense model is ``("dense", "dense")``.
     """
-    clock = _clock(options.device)
+    clock = clock_for(options.device)
 
     def timed(model: Any) -> float:
         started = clock()
@@ -248,17 +248,6 @@ def _rounds(
                 seconds[case.name, name].append(values)
         turn += 1
     return seconds
-
-
-def _clock(device: str) -> Callable[[], float]:
-    if not device.startswith("cuda"):
-        return time.perf_counter
-
-    def synchronised() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return synchronised
 
 
 def _row(

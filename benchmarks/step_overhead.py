@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Figure, Options, Outcome, percentile_interval
+from benchmarks.harness import Figure, Options, Outcome, clock_for, percentile_interval
 from topoprune import Pruner, Recipe
 
 HOOKS, FROZEN, AMORTISED = 1.03, 1.02, 1.05
@@ -79,24 +77,13 @@ def run(options: Options) -> Outcome:
     return Outcome(correct, figures, rows, notes)
 
 
-def _clock(device: str) -> Callable[[], float]:
-    if not device.startswith("cuda"):
-        return time.perf_counter
-
-    def synchronised() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return synchronised
-
-
 def _measure(spec: Spec, recipe_name: str, options: Options) -> tuple[dict[str, Any], bool]:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(options.seed)
     plain = BertForSequenceClassification(BertConfig(**spec.config, vocab_size=30522)).to(options.device).train()
     pruned = copy.deepcopy(plain)
-    clock = _clock(options.device)
+    clock = clock_for(options.device)
     per_epoch = max(1, spec.steps // DECISIONS)
     recipe: Any
     if recipe_name == "neuroprune":

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.harness import Figure, Options, Outcome, data_folder
+from benchmarks.harness import Figure, Options, Outcome, clock_for, data_folder
 from topoprune import Pruner, Recipe
 from topoprune.tasks.data import ClassificationData, Example
 from topoprune.tasks.docstrings import load_docstrings
@@ -117,7 +116,7 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda s: min(1.0, (s + 1) / warm, (steps - s) / max(1, steps - warm))
         )
-        self.clock = _clock(options.device)
+        self.clock = clock_for(options.device)
         self.seconds, self.score = 0.0, math.nan
         self.each: list[float] = []
         self.bytes: list[int] = []
@@ -143,17 +142,6 @@ class _Run:
         self.seconds += taken
         self.each.append(taken)
         self.bytes.append(_held(self.model, self.optimizer))
-
-
-def _clock(device: str) -> Callable[[], float]:
-    if not device.startswith("cuda"):
-        return time.perf_counter
-
-    def synchronised() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return synchronised
 
 
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
