@@ -182,7 +182,8 @@ def _outcome(spec: Spec, runs: dict[str, _Run], data: ClassificationData, option
     dense = runs["dense"]
     figures: dict[str, Figure] = {}
     rows: list[dict[str, Any]] = []
-    notes = [f"{data.source}: {spec.examples:,} examples in {_steps(spec)} steps of {spec.batch}, {SPARSITY:.0%} asked"]
+    task = "SST-2" if "sst2" in data.source else data.source  # never a path of this machine
+    notes = [f"{task}: {spec.examples:,} examples in {_steps(spec)} steps of {spec.batch}, {SPARSITY:.0%} asked"]
     for method, target in (("progressive", PROGRESSIVE), ("masked", MASKED)):
         each = runs[method]
         share = each.score / dense.score

@@ -62,7 +62,7 @@ def curve(
     return losses, pruner, model, trained
 
 
-def same_training(family: str, recipe: Any, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+def assert_same_training(family: str, recipe: Any, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
     masked, mask_pruner, mask_model, _ = curve(family, recipe, optimizer)
     shrunk, pruner, model, trained = curve(family, recipe, optimizer, compact=True)
     np.testing.assert_allclose(shrunk, masked, rtol=2e-4)
@@ -88,18 +88,18 @@ def same_training(family: str, recipe: Any, optimizer: Callable[[nn.Module], tor
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_loss_curve_is_that_of_the_masked_run(family: str) -> None:
-    same_training(family, BUDGET, adamw)
+    assert_same_training(family, BUDGET, adamw)
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_the_loss_curve_is_that_of_the_masked_run_with_every_optimizer(name: str) -> None:
-    same_training("bert", BUDGET, OPTIMIZERS[name])
+    assert_same_training("bert", BUDGET, OPTIMIZERS[name])
 
 
 @pytest.mark.parametrize("family", [f for f in ("bert", "opt", "gpt2", "llama") if f not in UNDEFINED_PAPER_MERGE])
 def test_neuroprune_shrinks_at_epoch_ends(family: str) -> None:
     recipe = Recipe.neuroprune(alpha=0.5, beta=0.5, theta="auto:0.6")
-    same_training(family, recipe, sgd)
+    assert_same_training(family, recipe, sgd)
 
 
 def test_heads_alone_and_input_dimensions_that_stay_masked() -> None:
