@@ -226,7 +226,7 @@ def test_large_models_keep_their_weights_in_a_file_beside(tmp_path: Path, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def refused(model: Any, place: Path, error: type[Exception], match: str, **options: Any) -> None:
+def assert_refused(model: Any, place: Path, error: type[Exception], match: str, **options: Any) -> None:
     """The error says so; what lay there before lies there still, and nothing else."""
     (place / "model.onnx").write_bytes(b"old")
     before = content(place)
@@ -237,7 +237,7 @@ def refused(model: Any, place: Path, error: type[Exception], match: str, **optio
 
 def test_an_unequal_file_is_an_error(tmp_path: Path) -> None:
     model = half(build("bert"))
-    refused(model, tmp_path, RuntimeError, "logits differs from torch's", tolerance=1e-12)
+    assert_refused(model, tmp_path, RuntimeError, "logits differs from torch's", tolerance=1e-12)
     # What tracing takes for a constant: the number of rows.
     forward = model.bert.forward
 
@@ -247,7 +247,7 @@ def test_an_unequal_file_is_an_error(tmp_path: Path) -> None:
         return found
 
     model.bert.forward = counting
-    refused(model, tmp_path, RuntimeError, "logits differs from torch's|torch cannot export")
+    assert_refused(model, tmp_path, RuntimeError, "logits differs from torch's|torch cannot export")
 
 
 def test_what_torch_cannot_trace_is_an_error(tmp_path: Path) -> None:
@@ -260,13 +260,13 @@ def test_what_torch_cannot_trace_is_an_error(tmp_path: Path) -> None:
     model.bert.forward = lambda *args, **kwargs: (
         broken() if torch.jit.is_tracing() else forward(*args, **kwargs)  # type: ignore[union-attr]
     )
-    refused(model, tmp_path, RuntimeError, "torch cannot export.*no such thing.*try exporter='dynamo'")
+    assert_refused(model, tmp_path, RuntimeError, "torch cannot export.*no such thing.*try exporter='dynamo'")
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = half(build("vit"))
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None)
-    refused(model, tmp_path, ImportError, r'needs onnx and onnxscript.*pip install "topoprune\[onnx\]"')
+    assert_refused(model, tmp_path, ImportError, r'needs onnx and onnxscript.*pip install "topoprune\[onnx\]"')
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.warns(UserWarning, match="onnxruntime is not installed: the ONNX file was not compared"):
         path = export(model, tmp_path / "model.onnx", exporter="torchscript")
@@ -275,15 +275,15 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     model = half(build("bert"))
-    refused(model, tmp_path, ValueError, "unknown exporter 'tensorrt'", exporter="tensorrt")
-    refused(model, tmp_path, ValueError, "tolerance is 0", tolerance=0)
-    refused(torch.nn.Linear(2, 2), tmp_path, ValueError, "transformers models, found a Linear")
-    refused(copy.deepcopy(model).half(), tmp_path, ValueError, r"torch.float16.*model.float\(\)")
-    refused(model, tmp_path, ValueError, "takes no input 'pixels'", example={"pixels": torch.zeros(2, 2)})
-    refused(model, tmp_path, ValueError, "at least two rows", example={"input_ids": torch.ones(1, 4).long()})
-    refused(model, tmp_path, ValueError, "example is empty", example={})
+    assert_refused(model, tmp_path, ValueError, "unknown exporter 'tensorrt'", exporter="tensorrt")
+    assert_refused(model, tmp_path, ValueError, "tolerance is 0", tolerance=0)
+    assert_refused(torch.nn.Linear(2, 2), tmp_path, ValueError, "transformers models, found a Linear")
+    assert_refused(copy.deepcopy(model).half(), tmp_path, ValueError, r"torch.float16.*model.float\(\)")
+    assert_refused(model, tmp_path, ValueError, "takes no input 'pixels'", example={"pixels": torch.zeros(2, 2)})
+    assert_refused(model, tmp_path, ValueError, "at least two rows", example={"input_ids": torch.ones(1, 4).long()})
+    assert_refused(model, tmp_path, ValueError, "example is empty", example={})
     with torch.device("meta"):
-        refused(BertModel(BertConfig(hidden_size=8, num_attention_heads=2)), tmp_path, ValueError, "off memory")
+        assert_refused(BertModel(BertConfig(hidden_size=8, num_attention_heads=2)), tmp_path, ValueError, "off memory")
     with pytest.raises(FileNotFoundError, match="create it first"):
         export(model, tmp_path / "nowhere" / "model.onnx")
     (tmp_path / "folder.onnx").mkdir()

@@ -337,7 +337,7 @@ def test_sharded(tmp_path: Path) -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def refused(model: Any, place: Path, match: str, **options: Any) -> None:
+def assert_refused(model: Any, place: Path, match: str, **options: Any) -> None:
     """The error says so, and nothing is there that was not there before."""
     before = content(place)
     with pytest.raises(ValueError, match=match):
@@ -350,22 +350,22 @@ def test_what_cannot_be_said_is_refused(tmp_path: Path) -> None:
         pass
 
     config = BertConfig(**{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8})
-    refused(Mine(config), tmp_path, "Mine is not a class of transformers")
-    refused(torch.nn.Linear(2, 2), tmp_path, "Linear is not a class of transformers")
+    assert_refused(Mine(config), tmp_path, "Mine is not a class of transformers")
+    assert_refused(torch.nn.Linear(2, 2), tmp_path, "Linear is not a class of transformers")
     handmade = compacted("bert")
     handmade.config.topoprune["sites"]["mine"] = handmade.config.topoprune["sites"]["encoder.1.ffn"]
-    refused(handmade, tmp_path, "site 'mine' was made by hand")
+    assert_refused(handmade, tmp_path, "site 'mine' was made by hand")
     sliced = dense("bert")
     sliced.bert.encoder.layer[0].intermediate.dense = torch.nn.Linear(24, 7)
-    refused(sliced, tmp_path, "already pruned")
+    assert_refused(sliced, tmp_path, "already pruned")
     with torch.device("meta"):
-        refused(BertModel(config), tmp_path, "off memory")
+        assert_refused(BertModel(config), tmp_path, "off memory")
 
 
 def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "embedding_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = ElectraModel(ElectraConfig(vocab_size=8, intermediate_size=NEURONS, **sizes))
-    refused(model, tmp_path, "no adapter.*electra")
+    assert_refused(model, tmp_path, "no adapter.*electra")
     # Made by hand, its neurons can be removed; how to say that in its config is not known.
     prefix = "encoder.layer.0"
     site = Site(
@@ -383,16 +383,16 @@ def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
     )
     keep = np.arange(NEURONS) < 10
     plan = Plan((site,), {"mine": Solution(keep, 10.0, "min", Status.FEASIBLE, "test")})
-    refused(compact(model, plan), tmp_path, "no adapter.*electra")
+    assert_refused(compact(model, plan), tmp_path, "no adapter.*electra")
 
 
 def test_options_of_the_other_format_are_refused(tmp_path: Path) -> None:
     model = dense("bert")
-    refused(model, tmp_path, "pass uniform=True", uniform=False)
-    refused(model, tmp_path, "unknown format 'gguf'", format="gguf")
-    refused(model, tmp_path, "opset=17 is an option of ONNX files", opset=17)
-    refused(model, tmp_path, "exporter='dynamo' is an option of ONNX", exporter="dynamo")
-    refused(model, tmp_path, "max_shard_size=9 is an option of transformers", format="onnx", max_shard_size=9)
+    assert_refused(model, tmp_path, "pass uniform=True", uniform=False)
+    assert_refused(model, tmp_path, "unknown format 'gguf'", format="gguf")
+    assert_refused(model, tmp_path, "opset=17 is an option of ONNX files", opset=17)
+    assert_refused(model, tmp_path, "exporter='dynamo' is an option of ONNX", exporter="dynamo")
+    assert_refused(model, tmp_path, "max_shard_size=9 is an option of transformers", format="onnx", max_shard_size=9)
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
