@@ -311,9 +311,10 @@ def reshape(model: Any, layout: Mapping[str, Any] | None) -> None:
             f"config.{KEY} has version {layout['version']}, this code reads up to {LAYOUT_VERSION}; upgrade topoprune"
         )
     std = float(getattr(model.config, "initializer_range", None) or 0.02)
+    modules = dict(model.named_modules())  # one pass instead of a walk from the top for every name
     try:
         for name, shape in layout["parameters"].items():
-            module, leaf = _owner(model, name)
+            module, leaf = _owner(model, modules, name)
             if module is None:
                 continue
             old = getattr(module, leaf)
@@ -327,17 +328,17 @@ def reshape(model: Any, layout: Mapping[str, Any] | None) -> None:
             setattr(module, leaf, new)
             fit_features(module)
         for name, values in layout["attributes"].items():
-            module, _ = _owner(model, f"{name}.")
+            module, _ = _owner(model, modules, f"{name}.")
             for attribute, value in values.items():
                 if module is not None:
                     setattr(module, attribute, int(value))
         for name, buffers in layout["buffers"].items():
-            module, _ = _owner(model, f"{name}.")
+            module, _ = _owner(model, modules, f"{name}.")
             for buffer, length in buffers.items():
                 if module is not None:
                     module.register_buffer(buffer, torch.arange(int(length)))
         for name, patch in layout["patches"].items():
-            module, _ = _owner(model, f"{name}.")
+            module, _ = _owner(model, modules, f"{name}.")
             if module is not None:
                 patch_module(module, patch)
     except (KeyError, TypeError, AttributeError) as error:
@@ -353,19 +354,17 @@ def fit_features(module: nn.Module) -> None:
         module.nx, module.nf = weight.shape  # type: ignore[assignment]
 
 
-def _owner(model: Any, name: str) -> tuple[nn.Module | None, str]:
+def _owner(model: Any, modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module | None, str]:
     """Return the module and the last part of a name that is relative to the base model.
 
     None if the model lacks that whole stack, as a decoder alone lacks the encoder's layers.
     """
     path, leaf = name.rsplit(".", 1)
-    for full in (path, f"{model.base_model_prefix}.{path}"):
-        try:
-            return model.get_submodule(full), leaf
-        except AttributeError:
-            continue
     stack = path.split(".", 1)[0]
-    prefixes = (stack, f"{model.base_model_prefix}.{stack}")
-    if stack in ("encoder", "decoder") and not any(n in prefixes for n, _ in model.named_modules()):
+    prefixes = ("", f"{model.base_model_prefix}.")
+    for prefix in prefixes:
+        if prefix + path in modules:
+            return modules[prefix + path], leaf
+    if stack in ("encoder", "decoder") and not any(prefix + stack in modules for prefix in prefixes):
         return None, leaf
     raise ValueError(f"config.{KEY} names module {path!r}, which a {type(model).__name__} does not have")
