@@ -5,11 +5,6 @@ from __future__ import annotations
 import io
 import json
 import lzma
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,6 +14,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaModel
 from typer.testing import CliRunner, Result
 
+from tests.clitools import interrupted
 from topoprune import Graph, ModelGraph, Plan, Site, write_graph
 from topoprune.cli import app
 from topoprune.cli.output import progress_bar
@@ -225,34 +221,6 @@ topoprune.cli.main()
 """
 
 
-def interrupted(*words: object, signals: int = 1) -> tuple[int, str, str]:
-    """Run a command, send SIGINT once a loud solver runs, return exit code, stdout and stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOUD, *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    killer = threading.Timer(100, process.kill)  # a process that does not stop fails the test, and ends
-    killer.start()
-    try:
-        assert process.stderr is not None
-        said = ""
-        for line in process.stderr:
-            said += line
-            if "running" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        for _ in range(signals - 1):
-            threading.Event().wait(0.5)
-            process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-    finally:
-        killer.cancel()
-    return process.returncode, out, said + err
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
@@ -263,7 +231,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ctrl_c_prints_the_table_so_far(large: Path, tmp_path: Path) -> None:
     out, picture = tmp_path / "t.json", tmp_path / "t.png"
     words = ["compare", large, "--solvers", "greedy,loud,exact", "--json", out, "--plot", picture]
-    code, shown, said = interrupted(*words)
+    code, shown, said = interrupted(LOUD, "running", *words)
     assert code == 130, said
     assert "Traceback" not in said and "stopped by Ctrl-C: the best found so far" in said
     assert "INTERRUPTED" in shown and "not run after Ctrl-C: exact" in shown
@@ -275,13 +243,13 @@ def test_ctrl_c_prints_the_table_so_far(large: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_the_plan_of_solve(large: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.npz"
-    code, shown, said = interrupted("solve", large, "--solver", "loud", "--out", plan, "--json", "-")
+    code, shown, said = interrupted(LOUD, "running", "solve", large, "--solver", "loud", "--out", plan, "--json", "-")
     assert code == 130 and "stopped by Ctrl-C" in said, said
     row = json.loads(shown)["rows"][0]
     assert row["status"] == "INTERRUPTED" and Plan.load(plan).keep("large.gr").sum() == row["kept"]
 
 
 def test_a_second_ctrl_c_stops_at_once(large: Path, tmp_path: Path) -> None:
-    code, shown, said = interrupted("compare", large, "--solvers", "stubborn,greedy", signals=2)
+    code, shown, said = interrupted(LOUD, "running", "compare", large, "--solvers", "stubborn,greedy", signals=2)
     assert code == 130 and shown == "", (shown, said)
     assert "Traceback" not in said and "stopped at once" in said and "checkpoint" not in said

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +11,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from typer.testing import CliRunner, Result
 
 import topoprune
+from tests.clitools import interrupted
 from tests.masktools import bits
 from tests.tiny import LAYERS, build
 from tests.tinytask import save_model, write_task
@@ -265,28 +261,8 @@ topoprune.cli.main()
 
 def test_ctrl_c_while_saving_leaves_no_half_folder(tiny: dict[str, Path], tmp_path: Path) -> None:
     words = ("prune", tiny["model"], "--out", tmp_path / "out", "--calibration-samples", 0)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, words)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        # A shell's background jobs ignore SIGINT, and their children with them.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    killer = threading.Timer(100, process.kill)  # a process that does not stop fails the test, and ends
-    killer.start()
-    try:
-        assert process.stderr is not None
-        said = ""
-        for line in process.stderr:
-            said += line
-            if "writing" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        said += process.communicate()[1] or ""
-    finally:
-        killer.cancel()
-    assert process.returncode == 130, said
+    code, _, said = interrupted(SLOW, "writing", *words)
+    assert code == 130, said
     assert "Traceback" not in said and "stopped at once" in said
     assert list(tmp_path.iterdir()) == []
 
