@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from topoprune.train.pruner import Pruner, SolveEvent
-from topoprune.train.recipe import BudgetRecipe, NeuroPruneRecipe, Recipe
+from topoprune.train.recipe import BudgetRecipe, Distillation, NeuroPruneRecipe, Recipe
 
 if TYPE_CHECKING:
     from topoprune.train.callback import TopoPruneCallback
 
-__all__ = ["BudgetRecipe", "NeuroPruneRecipe", "Pruner", "Recipe", "SolveEvent", "TopoPruneCallback"]
+__all__ = ["BudgetRecipe", "Distillation", "NeuroPruneRecipe", "Pruner", "Recipe", "SolveEvent", "TopoPruneCallback"]
 
 
 def __getattr__(name: str) -> Any:

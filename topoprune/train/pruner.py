@@ -32,7 +32,7 @@ from topoprune.train.budget import BudgetDriver
 from topoprune.train.decision import Decision
 from topoprune.train.distributed import find_replica, restart_replica, same_everywhere
 from topoprune.train.neuroprune import NeuroPruneDriver
-from topoprune.train.recipe import BudgetRecipe, NeuroPruneRecipe
+from topoprune.train.recipe import BudgetRecipe, NeuroPruneRecipe, Recipe
 from topoprune_solvers import Bound, Solution, Status
 
 __all__ = ["Pruner", "SolveEvent"]
@@ -143,8 +143,11 @@ class Pruner:
         return self._plan
 
     def _check_compact(self) -> None:
-        if isinstance(self.recipe, BudgetRecipe) and self.recipe.granularity == "edge":
-            raise ValueError("compact=True has nothing to cut out with granularity='edge'; use granularity='unit'")
+        if isinstance(self.recipe, BudgetRecipe) and self.recipe.granularity != "unit":
+            raise ValueError(
+                f"compact=True has nothing to cut out with single weights (granularity={self.recipe.granularity!r}); "
+                "use granularity='unit'"
+            )
         if self._replica is not None and not self.steps_per_epoch:
             raise ValueError("compact=True under DistributedDataParallel works at epoch ends; give steps_per_epoch=")
         self._body.check()
@@ -325,7 +328,8 @@ class Pruner:
         if state["structure_digest"] != structure_digest(self.sites):
             raise ValueError("the pruner state is of another model (structure digests differ)")
         here = json.loads(json.dumps(self.recipe.to_dict()))
-        if json.loads(state["recipe"]) != here:
+        # Through the recipe: a state from before a field existed means its default.
+        if json.loads(json.dumps(Recipe.from_dict(json.loads(state["recipe"])).to_dict())) != here:
             raise ValueError(f"the pruner state is of recipe {state['recipe']}, this run has {json.dumps(here)}")
         for name in ("total_steps", "steps_per_epoch"):
             if state[name] != getattr(self, name):

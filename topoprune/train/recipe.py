@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from topoprune.budgets import check_rounding
 from topoprune.graph import Graph
 from topoprune.planning import resolve_theta
 from topoprune.repair import Merge
+from topoprune.train.budget_recipe import BudgetRecipe, Distillation
+from topoprune.train.checks import check_strengths, one_of
 
-__all__ = ["BudgetRecipe", "NeuroPruneRecipe", "Recipe"]
+__all__ = ["BudgetRecipe", "Distillation", "NeuroPruneRecipe", "Recipe"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class NeuroPruneRecipe:
     merge: Merge = "paper"
 
     def __post_init__(self) -> None:
-        _check_strengths(self, "alpha", "beta", "epsilon")
+        check_strengths(self, "alpha", "beta", "epsilon")
         resolve_theta(self.theta, Graph.from_edges(2, np.array([[0, 1]])))  # form and sign only
-        _one_of("eq1", self.eq1, ("a", "b"))
-        _one_of("penalty", self.penalty, ("proximal", "loss"))
-        _one_of("prox_scale", self.prox_scale, ("lr", "absolute"))
-        _one_of("merge", self.merge, ("none", "paper"))
+        one_of("eq1", self.eq1, ("a", "b"))
+        one_of("penalty", self.penalty, ("proximal", "loss"))
+        one_of("prox_scale", self.prox_scale, ("lr", "absolute"))
+        one_of("merge", self.merge, ("none", "paper"))
 
     @property
     def faithful(self) -> bool:
@@ -64,86 +64,6 @@ class NeuroPruneRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
         return {"method": "neuroprune", **asdict(self)}
-
-
-@dataclass(frozen=True)
-class BudgetRecipe:
-    """Ask for what you want and get exactly that at the end of a cubic ramp.
-
-    Args:
-        sparsity: share of the attention and FFN matrix parameters to remove, in [0, 1).
-            ``unit``: as whole heads (or KV groups) and FFN neurons, met within one unit;
-            ``edge``: as single weights, met exactly.
-        heads: how many heads (or KV groups) stay in the whole model, met exactly. With
-            `sparsity`, neurons make up the rest; alone, only heads go.
-        granularity: ``"unit"`` (removable structures) or ``"edge"`` (weight masks from
-            attachment-weighted edge selection).
-        input_dims: share of each attention's input dimensions to zero besides. They can be
-            gathered, not removed, so they do not count towards `sparsity`.
-        ramp: first and last decision, as shares of training; between them sparsity rises
-            as ``s (1 - (1 - t)^3)``.
-        solves: number of decisions along the ramp.
-        attachment: strength of preferential attachment in the scores of neurons, input
-            dimensions and edges, in units of the mean score.
-        eq1: reading of Eq. 1 that gives the degree cost.
-        repair: which consumers are refitted by least squares when units go.
-        ridge: of the repair, relative to the mean of the moment's diagonal.
-        tokens_per_unit: calibration tokens from training forwards, per input feature.
-        solver: registry name of the soft-domination solver for heads.
-        rounding: in the end keep a number of features (units times their width) in every site that is a
-            multiple of this (8, 16, 32, ...), as fast matrix kernels like it. At least `sparsity` is then removed,
-            and less than one such multiple more. `heads` must allow for it.
-
-    Raises:
-        ValueError: neither sparsity nor heads, numbers out of range, or choices that exclude each other.
-    """
-
-    sparsity: float | None = None
-    _: KW_ONLY
-    heads: int | None = None
-    granularity: Literal["unit", "edge"] = "unit"
-    input_dims: float = 0.0
-    ramp: tuple[float, float] = (0.1, 0.6)
-    solves: int = 6
-    attachment: float = 0.1
-    eq1: Literal["a", "b"] = "b"
-    repair: Literal["heads", "all", "none"] = "heads"
-    ridge: float = 1e-4
-    tokens_per_unit: int = 4
-    solver: str = "exact"
-    rounding: int | None = None
-
-    def __post_init__(self) -> None:
-        check_rounding(self.rounding)
-        if self.sparsity is None and self.heads is None:
-            raise ValueError("give sparsity= (share to remove, in [0, 1)) or heads= (how many stay), or both")
-        if self.sparsity is not None and not (math.isfinite(self.sparsity) and 0 <= self.sparsity < 1):
-            raise ValueError(f"sparsity is {self.sparsity!r}; the share to remove must lie in [0, 1)")
-        if self.heads is not None and (
-            isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 0
-        ):
-            raise ValueError(f"heads is {self.heads!r}; expected how many heads (or KV groups) stay, an integer >= 0")
-        _one_of("granularity", self.granularity, ("unit", "edge"))
-        _one_of("eq1", self.eq1, ("a", "b"))
-        _one_of("repair", self.repair, ("heads", "all", "none"))
-        if self.granularity == "edge" and (self.heads is not None or self.input_dims or self.sparsity is None):
-            raise ValueError("granularity='edge' takes sparsity= alone; heads= and input_dims= need granularity='unit'")
-        if self.granularity == "edge" and self.rounding is not None:
-            raise ValueError("rounding= counts the features that units keep; it needs granularity='unit'")
-        if not 0 <= self.input_dims < 1:
-            raise ValueError(f"input_dims is {self.input_dims!r}; the share of input dimensions to zero lies in [0, 1)")
-        start, end = self.ramp
-        if not 0 <= start <= end <= 1:
-            raise ValueError(f"ramp is {self.ramp!r}; expected 0 <= start <= end <= 1, as shares of training")
-        object.__setattr__(self, "ramp", (float(start), float(end)))
-        for name in ("solves", "tokens_per_unit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected at least 1")
-        _check_strengths(self, "attachment", "ridge")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready description."""
-        return {"method": "budget", **asdict(self), "ramp": list(self.ramp)}
 
 
 class Recipe:
@@ -169,15 +89,3 @@ class Recipe:
         if method == "budget":
             return BudgetRecipe(**fields)
         raise ValueError(f"unknown method {method!r}; expected 'neuroprune' or 'budget'")
-
-
-def _check_strengths(recipe: object, *names: str) -> None:
-    for name in names:
-        value = getattr(recipe, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value!r}; expected a finite number >= 0")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")

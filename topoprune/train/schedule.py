@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-__all__ = ["cubic_ramp", "share_out", "solve_steps", "spread"]
+__all__ = ["cubic_ramp", "ramp", "share_out", "solve_steps", "spread"]
 
 
 def cubic_ramp(progress: float) -> float:
@@ -19,6 +19,15 @@ def cubic_ramp(progress: float) -> float:
     """
     t = min(max(progress, 0.0), 1.0)
     return 1.0 - (1.0 - t) ** 3
+
+
+def ramp(progress: float, shape: str) -> float:
+    """Return the share of the target reached at progress t: cubic, or the same amount at every decision.
+
+    >>> ramp(0.5, "cubic"), ramp(0.5, "stepwise")
+    (0.875, 0.5)
+    """
+    return cubic_ramp(progress) if shape == "cubic" else min(max(progress, 0.0), 1.0)
 
 
 def solve_steps(total_steps: int, ramp: tuple[float, float], solves: int) -> list[int]:
