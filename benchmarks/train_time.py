@@ -9,6 +9,7 @@ solving, repair, masks, cutting. A ratio counts if its model keeps 95 % of the d
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,12 +62,13 @@ def run(options: Options) -> Outcome:
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(data.labels)).to(options.device)
     runs = {method: _Run(method, copy.deepcopy(base), spec, options) for method in METHODS}
     order = _order(len(data.train), spec, options.seed)
+    orders = list(itertools.permutations(METHODS))
     for step in range(_steps(spec)):
         picked = [data.train[i] for i in order[step * spec.batch : (step + 1) * spec.batch]]
         batch = _encode(tokenizer, picked, spec, options.device)
-        # Another one begins at every step: what a step leaves in caches helps or hurts none of them more.
-        for shift in range(len(METHODS)):
-            runs[METHODS[(step + shift) % len(METHODS)]].step(batch)
+        # In all orders in turn: what one leaves in caches and in the allocator helps or hurts none of them more.
+        for method in orders[step % len(orders)]:
+            runs[method].step(batch)
         if step % 50 == 0:
             print(
                 f"step {step}/{_steps(spec)}: " + ", ".join(f"{m} {r.seconds:.1f} s" for m, r in runs.items()),
@@ -123,7 +125,7 @@ class _Run:
         self.pruner: Pruner | None = None
         if method != "dense":
             started = self.clock()
-            recipe = Recipe.budget(sparsity=SPARSITY, ramp=spec.ramp, solves=spec.solves, repair="all")
+            recipe = Recipe.budget(sparsity=SPARSITY, ramp=spec.ramp, solves=spec.solves, final_repair="all")
             self.pruner = Pruner(
                 model, recipe, total_steps=steps, seed=options.seed, compact=method == "progressive"
             ).attach(self.optimizer)

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "FILE_NAME",
@@ -193,12 +195,24 @@ def patch_module(module: nn.Module, name: str) -> None:
 # -- models ----------------------------------------------------------------------------------------
 
 
+class _NoFilling(TorchFunctionMode):
+    """Makes the functions of `torch.nn.init` return their tensor as it is, in this thread."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 class Compacted:
     """A transformers model whose shapes come from ``config.topoprune``; mixed in before the stock class."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         _forget_layers(config)
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        # On the meta device, where loading begins, drawing random numbers takes longer than all the rest.
+        with _NoFilling() if torch.get_default_device().type == "meta" else nullcontext():
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         reshape(self, getattr(config, KEY, None))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
