@@ -86,7 +86,32 @@ def test_train_prints_a_table_and_resolved_values(tiny: dict[str, Path], tmp_pat
         ),
         (["--method", "budget", "--alpha", 1], "--alpha has no effect with --method budget; it belongs to neuroprune"),
         (["--text-column", "body"], "no column 'body'; its columns are: sentence, label"),
-        (["--task", "glue/sst2"], "give either --task (glue/sst2) or --train-file"),
+        (["--task", "stdlib-docs"], "give either --task (stdlib-docs) or --train-file"),
+        (["--task", "owner/name"], "give either --task (owner/name) or --train-file"),
+        (["--task", "glue/sst3"], "unknown task 'glue/sst3'; known GLUE tasks: glue/cola"),
+        (["--dataset-name", "x/y"], "give either --dataset-name (x/y) or --train-file"),
+        (
+            ["--summary-column", "x"],
+            "--summary-column has no effect with --task classification; it belongs to summariz",
+        ),
+        (
+            ["--block-size", 8],
+            "--block-size has no effect with --task classification; it belongs to language-modelling",
+        ),
+        (["--vocab-size", 8], "--vocab-size describes a new model; it needs --model-type"),
+        (["--model-type", "bert"], "which is loaded, or --model-type (bert)"),
+        (["--method", "dense", "--compact"], "--compact has nothing to cut out"),
+        (["--preset", "slow"], "preset is 'slow'; expected one of fast, balanced, best"),
+        (["--preset", "fast", "--method", "dense"], "--preset has no effect with --method dense"),
+        (["--bf16", "--fp16"], "several precisions at once: bf16, fp16"),
+        (["--lr-scheduler-type", "steps"], "scheduler is 'steps'; expected one of linear"),
+        (["--gradient-accumulation-steps", 0], "gradient_accumulation is 0"),
+        (["--shape", "8"], "--shape is '8'; expected two numbers such as 8,128"),
+        (["--parameters", "half", "--latency", 0.5], "--parameters is 'half'; expected a share"),
+        (["--parameters", "0.5", "--latency", 0.5], "parameters and latency are both given"),
+        (["--keep-masks", "--sparsity", 0.5], "--sparsity has no effect with --keep-masks"),
+        (["--keep-masks"], "has no plan.npz"),
+        (["--config", "nowhere.yaml"], "no config file nowhere.yaml"),
         (["--epochs", 0], "epochs is 0"),
         (["--resume"], "nothing to resume"),
         (["--max-train-samples", 0], "asked for 0 examples"),
@@ -108,7 +133,9 @@ def test_train_refuses_unusable_places_and_models(tiny: dict[str, Path], tmp_pat
     words[2] = str(tmp_path / "nowhere")
     assert "no model folder" in refused(*words)
     assert "--validation-file is missing" in refused("train", "--train-file", tiny["train"])
-    assert "regression" in refused("train", "--task", "glue/stsb")
+    assert "--task translation needs data" in refused("train", "--task", "translation")
+    assert "or the embedded --task stdlib-summaries" in refused("train", "--task", "summarization")
+    assert "--regression has no effect" in refused("train", "--task", "glue/stsb", "--regression")
     assert "the embedded task has no columns" in refused("train", "--text-column", "x")
 
 
@@ -192,7 +219,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(
 def test_overwrite_discards_an_interrupted_run(tiny: dict[str, Path], tmp_path: Path) -> None:
     stale = tmp_path / "checkpoint-5"
     stale.mkdir()
-    (stale / "trainer_state.json").write_text("{}")
+    (stale / "trainer_state.json").write_text('{"global_step": 5}')
     assert "holds checkpoint-5" in refused(*train_words(tiny, tmp_path))
     assert "exclude each other" in refused(*train_words(tiny, tmp_path, "--overwrite", "--resume"))
     assert call(*train_words(tiny, tmp_path, "--epochs", 1, "--method", "dense", "--overwrite")).exit_code == 0

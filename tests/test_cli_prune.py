@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,95 @@ def test_models_that_cannot_be_loaded(tiny: dict[str, Path], tmp_path: Path) -> 
         assert message in refused("prune", strange, *out, "--calibration-samples", 0)
     (strange / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
     assert type(load_full(strange)).__name__ == "BertModel"
+    assert not (tmp_path / "out").exists()
+
+
+# by a recipe
+
+
+def gone(row: dict, kind: str) -> int:  # type: ignore[type-arg]
+    return sum(of - kept for layer in row["layers"] for kept, of in [layer["units"][kind]])
+
+
+@pytest.mark.parametrize("words", [["budget", "--stages", 2], ["fast"], ["balanced"], ["best", "--repair", "heads"]])
+def test_a_recipe_meets_its_budget_without_training(tiny: dict[str, Path], tmp_path: Path, words: list[object]) -> None:
+    row = done(*with_texts(tiny, tmp_path / "out"), "--recipe", *words, "--sparsity", 0.5)
+    assert row["equivalence"]["equal"] is True and row["sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert row["request"]["method"] == "budget" and row["request"]["distill"] is None
+    model = topoprune.load(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == row["parameters"][1] < row["parameters"][0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "reached"),
+    [
+        (["--heads", 5], lambda row: gone(row, "heads") == 3 and gone(row, "neurons") == 0),
+        (["--parameters", 0.8], lambda row: 0.7 < row["parameters"][1] / row["parameters"][0] <= 0.8),
+        (["--parameters", 9000], lambda row: 8000 < row["parameters"][1] <= 9000),
+        (["--flops", 0.7, "--shape", "2x8"], lambda row: 0 < row["sparsity"] < 0.5),
+        (["--heads", 6, "--sparsity", 0.4], lambda row: gone(row, "heads") == 2),
+    ],
+)
+def test_budgets_of_other_kinds(tiny: dict[str, Path], tmp_path: Path, budget: list[object], reached: Any) -> None:
+    row = done(*with_texts(tiny, tmp_path / "out"), "--recipe", "budget", *budget)
+    assert reached(row), row["layers"]
+
+
+def test_presets_say_what_they_leave_out(tiny: dict[str, Path], tmp_path: Path) -> None:
+    result = call(*with_texts(tiny, tmp_path / "out"), "--recipe", "best", "--heads", 4)
+    assert result.exit_code == 0, result.output
+    assert "--recipe best without training: " in result.stderr and "distill" in result.stderr
+    assert "attention and FFN weights removed: " in result.stdout
+
+
+def test_zeros_alone_are_saved_as_an_ordinary_model_with_their_plan(tiny: dict[str, Path], tmp_path: Path) -> None:
+    words = (*with_texts(tiny, tmp_path / "out"), "--recipe", "budget", "--granularity", "2:4", "--sparsity", 0.5)
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    assert "weights that are zero: 50.0%; nothing was cut out" in result.stdout
+    assert f'load it: transformers.BertModel.from_pretrained("{tmp_path / "out"}")' in result.stdout
+    model = load_full(tmp_path / "out")
+    plan = Plan.load(tmp_path / "out" / "plan.npz")
+    assert plan.edge_axes and AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == 44
+    for name in plan.edge_axes:
+        assert model.get_parameter(name).eq(0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_neuroprune_needs_no_texts(tiny: dict[str, Path], tmp_path: Path) -> None:
+    words = ("prune", tiny["model"], "--out", tmp_path / "out", "--calibration-samples", 0)
+    row = done(*words, "--recipe", "neuroprune", "--theta", "auto:0.5")
+    assert row["equivalence"]["equal"] and row["calibration"] is None and gone(row, "heads") > 0
+    assert row["request"]["thetas"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "thorough"], "unknown recipe 'thorough'; available: budget, fast, balanced, best, neuroprune"),
+        (["--sparsity", 0.5], "--sparsity has no effect without --recipe; it belongs to --recipe (budget"),
+        (["--theta", 0.1], "--theta has no effect without --recipe; it belongs to --recipe neuroprune"),
+        (["--recipe", "budget", "--theta", 0.1], "--theta has no effect with --recipe budget"),
+        (["--recipe", "budget", "--neurons", 0.5], "belongs to pruning by a share of every layer"),
+        (["--recipe", "fast", "--merge", "none"], "--merge has no effect with --recipe fast"),
+        (["--recipe", "neuroprune", "--sparsity", 0.5], "--sparsity has no effect with --recipe neuroprune"),
+        (["--recipe", "budget"], "--recipe budget needs a budget"),
+        (["--recipe", "budget", "--heads", 0.5], "heads is 0.5; expected how many heads"),
+        (["--recipe", "budget", "--sparsity", 1.5], "sparsity is 1.5; the share to remove"),
+        (["--recipe", "budget", "--flops", 0.5, "--shape", "8"], "--shape is '8'; expected batch size and length"),
+        (["--recipe", "budget", "--sparsity", 0.5, "--gqa", "x"], "unknown gqa 'x'"),
+        (["--recipe", "fast", "--sparsity", 0.5, "--seed", -1], "seed is -1"),
+        (["--recipe", "fast", "--sparsity", 0.5, "--calibration-samples", 0], "needs calibration texts"),
+        (["--recipe", "neuroprune", "--theta", "x"], "theta"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    tiny: dict[str, Path], tmp_path: Path, words: list[object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("topoprune.tasks.models.load_full", never)
+    assert message in refused("prune", tiny["model"], "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
 
 

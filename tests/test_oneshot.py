@@ -151,7 +151,7 @@ def test_a_compaction_that_is_not_the_same_function_is_an_error_and_undone(monke
 
     model = build("bert")
     before = bits(model)
-    monkeypatch.setattr("topoprune.oneshot.compact", wrong)
+    monkeypatch.setattr("topoprune.pruned_model.compact", wrong)
     with pytest.raises(ValueError, match="CompactBertForSequenceClassification is not the same function"):
         prune_once(model, 0.5, calibration=batches(model))
     assert bits(model) == before

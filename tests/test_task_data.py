@@ -150,7 +150,6 @@ def test_limit_draws_from_everywhere_and_floor_is_the_majority(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("glue/stsb", "regression task; only classification"),
         ("glue/sst3", "unknown task 'glue/sst3'; known GLUE tasks: glue/cola"),
         ("glue/sst2", "cannot load task 'glue/sst2' .*--train-file .*stdlib-docs"),
     ],

@@ -23,6 +23,7 @@ from topoprune.extraction.tensors import weights_digest
 from topoprune.graph import Site, structure_digest
 from topoprune.planning import Plan
 from topoprune.repair import Merge, merged_weights
+from topoprune.sharding import local, local_part, weights_of, write
 
 __all__ = [
     "MaskHandle",
@@ -156,7 +157,7 @@ def apply(
         moments = dict(collect_gram(model, pruned, calibration))
     # The paper's merge writes into the FFN behind a layer's heads, which a plan on heads alone does not name.
     around = find_sites(model, gqa=_gqa(sites)) if merge == "paper" and _family_known(model) else sites
-    changed = merged_weights(model, around, plan, merge, moments, ridge=ridge)
+    changed = merged_weights(weights_of(model), around, plan, merge, moments, ridge=ridge)
     return MaskHandle(model, plan, sites=sites, changed=changed)
 
 
@@ -237,7 +238,7 @@ class MaskHandle:
                 self._stash_one(name)
         with torch.no_grad():
             for name, tensor in (changed or {}).items():
-                self.model.get_parameter(name).copy_(tensor)
+                write(self.model.get_parameter(name), tensor)
         self.enforce()
         _MASKED[self.model] = self
 
@@ -258,9 +259,9 @@ class MaskHandle:
         for (param, axis), vector in vectors.items():
             tensor = params[param]
             broadcast = [-1 if dim == axis else 1 for dim in range(tensor.ndim)]
-            masks.setdefault(param, []).append(_as_mask(vector, tensor).view(broadcast))
+            masks.setdefault(param, []).append(local_part(_as_mask(vector, tensor).view(broadcast), tensor))
         for param, keep in edge_masks(self.sites, plan).items():
-            masks.setdefault(param, []).append(_as_mask(keep, params[param]))
+            masks.setdefault(param, []).append(local_part(_as_mask(keep, params[param]), params[param]))
         return masks
 
     def _stash_one(self, name: str) -> None:
@@ -283,11 +284,11 @@ class MaskHandle:
         return model is None or _MASKED.get(model) is not self
 
     def masks(self) -> dict[str, torch.Tensor]:
-        """Return parameter name -> bool tensor of its shape, True where a weight stays."""
+        """Return parameter name -> bool tensor of its shape (of this rank's part), True where a weight stays."""
         params = dict(self.model.named_parameters())
         full = {}
         for name, parts in self._masks.items():
-            keep = torch.ones_like(params[name], dtype=torch.bool)
+            keep = torch.ones_like(local(params[name]), dtype=torch.bool)
             for part in parts:
                 keep &= part.to(keep.device) != 0
             full[name] = keep
@@ -298,7 +299,7 @@ class MaskHandle:
         """Set every masked weight to zero (T1). O(size of the masked tensors)."""
         for parameter, parts in self._pairs():
             for part in parts:
-                parameter.mul_(part)
+                local(parameter).mul_(part)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -306,7 +307,7 @@ class MaskHandle:
         for parameter, parts in self._pairs():
             if parameter.grad is not None:
                 for part in parts:
-                    parameter.grad.mul_(part)
+                    local(parameter.grad).mul_(part)
 
     @torch.no_grad()
     def clear_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -315,7 +316,7 @@ class MaskHandle:
             for value in optimizer.state.get(parameter, {}).values():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     for part in parts:
-                        value.mul_(part.to(value))
+                        local(value).mul_(part.to(local(value)))
 
     def _pairs(self) -> Iterable[tuple[nn.Parameter, list[torch.Tensor]]]:
         for name, parts in self._masks.items():
@@ -377,8 +378,8 @@ class MaskHandle:
         kept_now = self.masks()
         for name, keep in kept_before.items():
             back = ~keep & kept_now.get(name, torch.ones_like(keep))
-            parameter = self.model.get_parameter(name)
-            parameter.copy_(torch.where(back, self._stash[name].to(parameter.device), parameter))
+            parameter = local(self.model.get_parameter(name))
+            parameter.copy_(torch.where(back, local(self._stash[name]).to(parameter.device), parameter))
 
     @torch.no_grad()
     def _restore(self) -> None:

@@ -6,33 +6,39 @@ A thin composition of the public verbs; the command ``topoprune prune`` is a she
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from topoprune.architectures import GQA, counted_matrices, find_sites
+from topoprune.architectures import GQA, find_sites
 from topoprune.budgets import budget_count, check_rounding
-from topoprune.compaction.compacting import compact, prepare
-from topoprune.compaction.cut import padded
+from topoprune.compaction.compacting import prepare
 from topoprune.compaction.dead import dead_units
-from topoprune.extraction import collect_gram, extract, get_measure
-from topoprune.graph import ModelGraph, Site
+from topoprune.extraction import extract, get_measure
+from topoprune.graph import ModelGraph
 from topoprune.masks import apply, unwrap
 from topoprune.planning import Plan, solve
-from topoprune.repair import MERGES, consumer_matrix, repair_damage
-from topoprune.speed import compare_speed, probe
+from topoprune.pruned_model import (
+    Clock,
+    Progress,
+    PrunedModel,
+    compacted,
+    consumers,
+    damages,
+    evaluating,
+    kept_counts,
+    timed,
+)
+from topoprune.repair import MERGES
+from topoprune.speed import probe
 
 if TYPE_CHECKING:
-    from topoprune.compaction.equivalence import Equivalence
+    from topoprune.train import BudgetRecipe, NeuroPruneRecipe
 
 __all__ = ["OneShot", "PrunedModel", "check_request", "compact_once", "prune_once"]
 
-Progress = Callable[[str, int, int], None]
 _STAGES = (
     "extracting",
     "solving heads",
@@ -132,94 +138,17 @@ def check_request(request: OneShot) -> None:
         raise ValueError(f"seed is {request.seed}; expected an integer >= 0")
 
 
-@dataclass(frozen=True, eq=False)
-class PrunedModel:
-    """A compacted model and how it came about.
-
-    Args:
-        model: the smaller model, in eval mode. plan: what stayed, with certificates.
-        kept: site -> number of units that stay; with rounding in compaction more than the plan's.
-        parameters: number of all parameters, before and after.
-        matrix_parameters: as `parameters`, attention and FFN matrices only: what sparsity is counted over.
-        damage: site -> E|Wx - W'x|^2 / E|Wx|^2 at its consumer's output on the calibration data, for the weights
-            as they are now; empty without data.
-        dropped: as `damage`, had the units been dropped without repair.
-        equivalence: masked against compacted model.
-        seconds: stage -> wall-clock seconds.
-        batch_seconds: seconds of one forward of a batch, before and after (medians of interleaved runs).
-        batch_shape: shape of that batch.
-    """
-
-    model: nn.Module
-    plan: Plan
-    kept: Mapping[str, int]
-    parameters: tuple[int, int]
-    matrix_parameters: tuple[int, int]
-    equivalence: Equivalence
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    batch_seconds: tuple[float, float] = (math.nan, math.nan)
-    batch_shape: tuple[int, ...] = ()
-    damage: Mapping[str, float] = field(default_factory=dict)
-    dropped: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the attention and FFN matrix parameters that is gone."""
-        before, after = self.matrix_parameters
-        return 1 - after / before if before else 0.0
-
-    @property
-    def speed(self) -> float:
-        """How many times faster one batch runs than before."""
-        before, after = self.batch_seconds
-        return before / after
-
-    def layers(self) -> list[dict[str, Any]]:
-        """Return one row a layer: stack, layer, ``(kept, of)`` by kind of unit, worst gap, damage, dropped."""
-        rows: dict[tuple[str, int], dict[str, Any]] = {}
-        for site in self.plan.sites:
-            if site.kind == "input_dim":
-                continue
-            row = rows.setdefault(
-                (site.stack, site.layer), {"stack": site.stack, "layer": site.layer, "units": {}, "gap": None}
-            )
-            row["units"][_label(site)] = (self.kept.get(site.name, site.n_units), site.n_units)
-            solution = self.plan.solutions.get(site.name)
-            if solution is not None and not math.isnan(solution.gap):
-                row["gap"] = max(row["gap"] or 0.0, solution.gap)
-            for name, values in (("damage", self.damage), ("dropped", self.dropped)):
-                if site.name in values:
-                    row.setdefault(name, {})[_label(site)] = values[site.name]
-        return list(rows.values())
-
-    def figures(self) -> dict[str, Any]:
-        """Return the figures, JSON-ready."""
-        return {
-            "parameters": list(self.parameters),
-            "sparsity": self.sparsity,
-            "matrix_parameters": list(self.matrix_parameters),
-            "damage": _mean(self.damage),
-            "damage_without_repair": _mean(self.dropped),
-            "equivalence": self.equivalence.to_dict(),
-            "speed": self.speed,
-            "batch_seconds": list(self.batch_seconds),
-            "batch_shape": list(self.batch_shape),
-            "gap": None if math.isnan(self.plan.gap) else self.plan.gap,
-            "seconds": dict(self.seconds),
-            "layers": self.layers(),
-            "request": dict(self.plan.request),
-        }
-
-
 def prune_once(
     model: nn.Module,
-    budget: float = 0.5,
+    budget: float | None = None,
     *,
+    recipe: BudgetRecipe | NeuroPruneRecipe | None = None,
+    stages: int | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PrunedModel:
-    """Return a smaller model that keeps a share of the heads and neurons of every layer.
+    """Return a smaller model: by a share of the heads and neurons of every layer, or by a recipe.
 
     Heads by soft domination (exact), neurons by the same objective (greedy), survivors refitted by least
     squares on the calibration data, then compacted while the masks are in force, and checked: the masked
@@ -227,12 +156,16 @@ def prune_once(
 
     Args:
         model: of a known family, under any task head; dense or compacted before.
-        budget: share of the units *kept* in every site, in (0, 1].
+        budget: share of the units *kept* in every site, in (0, 1]; default: half.
+        recipe: instead of a budget, what would prune in training (`topoprune.Recipe`), carried out on calibration
+            data without training, see `topoprune.oneshot_recipe.prune_by_recipe`.
+        stages: with a recipe: cut in so many steps, the later ones decided on the model that the earlier ones
+            left; default 1.
         calibration: batches, dicts of what the model takes; the more like its later data, the better. None:
             distances and importances from the weights alone, and no repair.
         progress: called with (stage, stages done, stages in all).
         options: the other fields of `OneShot`: heads, neurons, measure, merge, ridge, rounding, gqa,
-            time_limit, seed.
+            time_limit, seed. With a recipe: seed and gqa.
 
     Returns:
         A `PrunedModel`.
@@ -245,6 +178,7 @@ def prune_once(
         the repair of n features.
 
     Example:
+        >>> import torch
         >>> from transformers import BertConfig, BertModel
         >>> config = BertConfig(
         ...     vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
@@ -254,25 +188,36 @@ def prune_once(
         >>> [row["units"] for row in pruned.layers()], pruned.equivalence.equal
         ([{'heads': (1, 2), 'neurons': (5, 12)}], True)
     """
-    request = OneShot(budget, **options)
+    if recipe is not None:
+        from topoprune.oneshot_recipe import prune_by_recipe
+
+        foreign = sorted({*options, *(["budget"] if budget is not None else [])} - {"seed", "gqa"})
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)} cannot be given beside recipe=: say it in the recipe")
+        return prune_by_recipe(
+            model, recipe, calibration=calibration, stages=1 if stages is None else stages, progress=progress, **options
+        )
+    if stages is not None:
+        raise ValueError("stages= goes with recipe=: a share of every layer is cut at once")
+    request = OneShot(0.5 if budget is None else budget, **options)
     model = unwrap(model)
     batches = None if calibration is None else list(calibration)
     if batches is None and request.needs_data():
         what = request.merge if request.merge in ("scale", "least-squares") else request.measure
         raise ValueError(f"{what!r} needs calibration=[batch, ...], dicts of what the model takes")
     _check_counts(model, request)
-    clock = _Clock(progress)
-    with _evaluating(model):
+    clock = Clock(progress, _STAGES)
+    with evaluating(model):
         plan = _decide(model, request, batches, clock)
         merge: Any = request.merge or ("none" if batches is None else "least-squares")
         clock.stage("repairing")
         inputs = batches[0] if batches else probe(model, request.seed)
         with apply(model, plan, merge=merge, calibration=batches, ridge=request.ridge) as handle:
-            sites, consumers = handle.sites, _consumers(model, handle.sites, plan)
-            result = _compacted(model, plan, inputs, clock, duplicate_kv=request.gqa == "any-query-heads")
+            sites, after = handle.sites, consumers(model, handle.sites, plan)
+            result = compacted(model, plan, inputs, clock, duplicate_kv=request.gqa == "any-query-heads")
         clock.stage("measuring damage")
-        damage, dropped = ({}, {}) if batches is None else _damages(model, sites, consumers, plan, batches)
-        return _timed(replace(result, damage=damage, dropped=dropped), model, inputs, clock)
+        damage, dropped = ({}, {}) if batches is None else damages(model, sites, after, plan, batches)
+        return timed(replace(result, damage=damage, dropped=dropped), model, inputs, clock)
 
 
 def compact_once(
@@ -302,9 +247,9 @@ def compact_once(
     model = unwrap(model)
     batches = [] if calibration is None else list(calibration)
     inputs = batches[0] if batches else probe(model)
-    clock = _Clock(progress)
+    clock = Clock(progress, _STAGES)
     options: dict[str, Any] = {"rounding": rounding, "duplicate_kv": duplicate_kv}
-    with _evaluating(model):
+    with evaluating(model):
         clock.stage("compacting")
         if plan is None:
             dead, _ = dead_units(model, duplicate_kv=duplicate_kv)
@@ -314,68 +259,14 @@ def compact_once(
                     "give one (plan=, --plan; `solve` makes it), or prune and compact at once (prune_once, "
                     "`topoprune prune`)"
                 )
-            result = replace(_compacted(model, None, inputs, clock, **options), plan=dead, kept=_kept(dead, rounding))
+            result = compacted(model, None, inputs, clock, **options)
+            result = replace(result, plan=dead, kept=kept_counts(dead, rounding))
         else:
             # Raises where the plan does not fit, before its masks hide the weights it was not made for.
             prepare(model, plan, **options, allow_changed_weights=allow_changed_weights)
             with apply(model, plan, allow_changed_weights=True):
-                result = _compacted(model, plan, inputs, clock, **options, allow_changed_weights=True)
-        return _timed(result, model, inputs, clock)
-
-
-def _compacted(
-    model: nn.Module, plan: Plan | None, inputs: Mapping[str, Any], clock: _Clock, **options: Any
-) -> PrunedModel:
-    """Compact a model with the plan's masks in force, and check that the result computes the same."""
-    from topoprune.compaction.equivalence import check_equivalence
-
-    clock.stage("compacting")
-    smaller = compact(model, plan, **options)
-    clock.stage("checking")
-    equivalence = check_equivalence(model, smaller, inputs).require()
-    plan = Plan(find_sites(model), {}) if plan is None else plan
-    kept = _kept(plan, options.get("rounding"))
-    return PrunedModel(smaller, plan, kept, *_sizes(model, smaller), equivalence)
-
-
-def _kept(plan: Plan, rounding: int | None) -> dict[str, int]:
-    by_name = {site.name: site for site in plan.sites}
-    return {name: int(padded(by_name[name], s.keep, rounding).sum()) for name, s in plan.unit_solutions().items()}
-
-
-def _timed(result: PrunedModel, model: nn.Module, inputs: Mapping[str, Any], clock: _Clock) -> PrunedModel:
-    clock.stage("timing")
-    seconds = compare_speed(model, result.model, inputs)
-    clock.stage("done")
-    return replace(result, batch_seconds=seconds, batch_shape=_shape(inputs), seconds=clock.seconds)
-
-
-class _Clock:
-    """Times the stages and tells them."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress, self._now, self._since = progress, "", time.perf_counter()
-
-    def stage(self, name: str) -> None:
-        now = time.perf_counter()
-        if self._now:
-            self.seconds[self._now] = self.seconds.get(self._now, 0.0) + now - self._since
-        self._now, self._since = name, now
-        if self._progress is not None:
-            done = _STAGES.index(name) if name in _STAGES else len(_STAGES)
-            self._progress(name, done, len(_STAGES))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+                result = compacted(model, plan, inputs, clock, **options, allow_changed_weights=True)
+        return timed(result, model, inputs, clock)
 
 
 def _check_counts(model: nn.Module, request: OneShot) -> None:
@@ -385,7 +276,7 @@ def _check_counts(model: nn.Module, request: OneShot) -> None:
             budget_count(request.kept[kind], site, request.rounding)
 
 
-def _decide(model: nn.Module, request: OneShot, batches: list[Mapping[str, Any]] | None, clock: _Clock) -> Plan:
+def _decide(model: nn.Module, request: OneShot, batches: list[Mapping[str, Any]] | None, clock: Clock) -> Plan:
     clock.stage("extracting")
     measure = request.measure or ("circuit-cosine" if batches is None else "output-gram")
     graph = extract(
@@ -413,57 +304,3 @@ def _solve(graph: ModelGraph, kind: Any, measure: str, request: OneShot) -> Plan
         time_limit=request.time_limit,
         seed=request.seed,
     )
-
-
-def _consumers(model: nn.Module, sites: Sequence[Site], plan: Plan) -> dict[str, torch.Tensor]:
-    """Return site -> copy of its consumer's (O, N) weight as it is now, of the sites that lose units."""
-    params = dict(model.named_parameters())
-    return {
-        site.name: consumer_matrix(site, params[site.writes[0].param].detach()).clone()
-        for site in sites
-        if site.consumer and not plan.keep(site.name).all()
-    }
-
-
-def _damages(
-    model: nn.Module,
-    sites: Sequence[Site],
-    after: Mapping[str, torch.Tensor],
-    plan: Plan,
-    batches: list[Mapping[str, Any]],
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return site -> relative squared error at the consumer's output: as it is now, and if units were dropped."""
-    params = dict(model.named_parameters())
-    by_name = {site.name: site for site in sites if site.name in after}
-    damage: dict[str, float] = {}
-    dropped: dict[str, float] = {}
-    for name, moment in collect_gram(model, by_name.values(), batches):
-        site = by_name[name]
-        weight = consumer_matrix(site, params[site.writes[0].param].detach())
-        keep = torch.from_numpy(plan.keep(name).repeat(site.unit_width)).to(weight)
-        energy = repair_damage(weight, torch.zeros_like(weight), moment)
-        for result, changed in ((damage, after[name]), (dropped, weight * keep)):
-            result[name] = repair_damage(weight, changed, moment) / energy if energy > 0 else 0.0
-    return damage, dropped
-
-
-def _sizes(before: nn.Module, after: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
-    names = counted_matrices(find_sites(before))
-    matrices = [sum(model.get_parameter(name).numel() for name in names) for model in (before, after)]
-    everything = [sum(parameter.numel() for parameter in model.parameters()) for model in (before, after)]
-    return (everything[0], everything[1]), (matrices[0], matrices[1])
-
-
-def _shape(inputs: Mapping[str, Any]) -> tuple[int, ...]:
-    return next((tuple(value.shape) for value in inputs.values() if torch.is_tensor(value)), ())
-
-
-def _label(site: Site) -> str:
-    if site.kind == "neuron":
-        return "neurons"
-    units = "KV groups" if site.kind == "kv_group" else "heads"
-    return f"cross {units}" if site.block == "cross_attention" else units
-
-
-def _mean(values: Mapping[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from topoprune.budgets import (
     site_problem,
     solve_model,
 )
+from topoprune.explaining import unit_rows
 from topoprune.files import read_npz, write_npz
 from topoprune.graph import SCHEMA_VERSION, Graph, ModelGraph, Site, structure_digest
 from topoprune_solvers import (
@@ -174,6 +175,30 @@ class Plan:
             for name, solution in self.solutions.items()
         ]
 
+    def explain(self, name: str) -> list[dict[str, Any]]:
+        """Return one JSON-ready row a unit of a site: why it stays, or who stands for it.
+
+        Returns:
+            Rows with ``unit``, ``kept``, ``dominator`` (the kept unit most like it, itself if it stays, None if
+            there is none), ``distance`` to it, ``importance`` (what the unit is worth by itself: output energy
+            with a calibrated measure) and ``residual``, the part of it that the dominator leaves. Importance and
+            residual are None where the measure is no similarity, or the decision knew none.
+
+        Raises:
+            KeyError: nothing was decided on units of that name; lists what was.
+
+        Example:
+            >>> site = Site("ffn", "neuron", 2, 1, ())
+            >>> decided = Solution([True, False], 4.5, "max", Status.OPTIMAL, "exact", Bound(4.5, "all sets"),
+            ...                    [0, 0], [0.0, 0.25], importance=[4.0, 2.0])
+            >>> Plan((site,), {"ffn": decided}).explain("ffn")[1]["residual"]
+            0.5
+        """
+        decided = self.unit_solutions()
+        if name not in decided:
+            raise KeyError(f"nothing was decided on the units of {name!r}; decided: {', '.join(decided)}")
+        return unit_rows(decided[name])
+
     def summary(self) -> str:
         """Return a readable table, one line a site."""
         lines = [
@@ -214,6 +239,8 @@ class Plan:
             if s.dominator is not None and s.dominator_distance is not None:
                 arrays[f"dominator/{name}"] = s.dominator
                 arrays[f"distance/{name}"] = s.dominator_distance
+            if s.importance is not None:
+                arrays[f"importance/{name}"] = s.importance
             rows[name] = {
                 "size": s.n_units,
                 "objective": s.objective,
@@ -262,6 +289,7 @@ class Plan:
                 dominator=arrays.get(f"dominator/{name}"),
                 dominator_distance=arrays.get(f"distance/{name}"),
                 seconds=row["seconds"],
+                importance=arrays.get(f"importance/{name}"),
             )
         return cls(
             tuple(Site.from_dict(site) for site in header["sites"]),
@@ -394,7 +422,8 @@ def solve(
         limits: dict[str, Any] = {"time_limit": time_limit, "seed": seed}
         decided, joint = solve_model(graph, sites, whole, engine, floor=floor, rounding=rounding, **limits)
         request |= {"solver": engine.name, "objective": objective, "scope": scope, "floor": floor}
-        return Plan(graph.sites, decided, request=request, weights_digest=graph.weights_digest, joint=(joint,))
+        weighed = _weighed(graph, decided)
+        return Plan(graph.sites, weighed, request=request, weights_digest=graph.weights_digest, joint=(joint,))
     problems: list[Any] = []
     thresholds: dict[str, float] = {}
     for site in sites:
@@ -416,8 +445,18 @@ def solve(
     request |= {"solver": engine.name, "objective": "domination" if theta is not None else objective}
     if thresholds:
         request["thresholds"] = thresholds
-    decided = {site.name: solution for site, solution in zip(sites, solutions, strict=True)}
+    decided = _weighed(graph, {site.name: solution for site, solution in zip(sites, solutions, strict=True)})
     return Plan(graph.sites, decided, request=request, weights_digest=graph.weights_digest)
+
+
+def _weighed(graph: ModelGraph, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
+    """Return the solutions with importances, where distances are shares of them (normalised measures)."""
+    return {
+        name: replace(solution, importance=graph.importance.get(name))
+        if graph.redundancy[name].normalised
+        else solution
+        for name, solution in solutions.items()
+    }
 
 
 def _default_solver(problem: ProblemName, problem_type: type) -> str:

@@ -195,7 +195,7 @@ def _merge_paper(
 ) -> None:
     ffn = next_ffn(site, sites)
     if ffn is None:
-        raise ValueError(f"merge 'paper' needs an FFN behind {site.name!r}; there is none in its layer")
+        raise ValueError(f"merge 'paper' needs an FFN behind {site.name!r}; there is none in its layer; use 'none'")
     if dominator is None:
         raise ValueError(f"merge 'paper' needs dominators; the plan of {site.name!r} has none")
     for piece in ffn.reads:
@@ -205,7 +205,8 @@ def _merge_paper(
         if site.n_units * site.unit_width != width:
             raise ValueError(
                 f"merge 'paper' is undefined for {site.name!r}: heads * head width = "
-                f"{site.n_units * site.unit_width}, but the FFN reads {width} dimensions; use 'least-squares'"
+                f"{site.n_units * site.unit_width}, but the FFN reads {width} dimensions; "
+                "use 'none' or 'least-squares'"
             )
         dense = model.get_parameter(piece.param).detach()
         # Dense columns are added, not merged ones: two attentions that share an FFN do not hand each other's on.

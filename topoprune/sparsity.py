@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from topoprune.graph import Site, TensorSlice
+from topoprune.sharding import tensors_of
 
 __all__ = ["Sparsity", "connectivity_sd", "degrees", "measure_sparsity", "row_view", "units_zero"]
 
@@ -56,10 +59,12 @@ def measure_sparsity(model: nn.Module, sites: Sequence[Site]) -> Sparsity:
 
     Complexity: one pass over the weights.
     """
-    params = dict(model.named_parameters())
-    counted = {piece.param: params[piece.param] for site in sites for piece in site.tensors if len(piece.shape) == 2}
-    total = sum(tensor.numel() for tensor in counted.values())
-    zero = sum(tensor.numel() - int(torch.count_nonzero(tensor)) for tensor in counted.values())
+    params = tensors_of(model)
+    total = zero = 0
+    for name in dict.fromkeys(piece.param for site in sites for piece in site.tensors if len(piece.shape) == 2):
+        tensor = params[name]
+        total += tensor.numel()
+        zero += tensor.numel() - int(torch.count_nonzero(tensor))
     removable = gatherable = 0
     kept: dict[str, tuple[int, int]] = {}
     dead_share: dict[str, float] = {}
@@ -108,32 +113,63 @@ def row_view(tensor: torch.Tensor, row_axis: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def degrees(model: nn.Module, sites: Sequence[Site], epsilon: float = 1e-4) -> dict[str, torch.Tensor]:
-    """Return FFN site name -> (rows,) connectivity in % of row entries with |w| >= epsilon.
+def degrees(
+    model: nn.Module,
+    sites: Sequence[Site],
+    epsilon: float = 1e-4,
+    *,
+    kind: Literal["neuron", "input_dim"] = "neuron",
+    planned: Sequence[Site] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return site name -> (rows,) connectivity in % of row entries with |w| >= epsilon.
 
-    Rows are the neurons of the input projections ([gate, up] together where gated), then the
-    residual dimensions of the output projection, as in NeuroPrune's Eq. 1.
+    Args:
+        model: holds the sites' parameters. sites: from `find_sites`.
+        epsilon: an entry below it counts as a missing link.
+        kind: ``"neuron"``: FFNs, as in NeuroPrune's Eq. 1: a row for each neuron of the input projections
+            ([gate, up] together where gated), then one for each residual dimension of the output projection.
+            ``"input_dim"``: attention, as in Eq. 2: a row of [Q; K; V] for each input dimension.
+        planned: the sites before units were cut out; what is missing since counts as missing links.
+
+    Complexity: one pass over the weights.
     """
-    params = dict(model.named_parameters())
+    today = {site.name: site for site in sites}
     result = {}
-    for site in sites:
-        if site.kind != "neuron":
+    for site in sites if planned is None else planned:
+        if site.kind != kind:
             continue
-        inward = [row_view(params[p.param], p.axis) for p in site.reads if len(p.shape) == 2]
-        outward = [row_view(params[p.param], 1 - p.axis) for p in site.writes]
+        here = _row_groups(today[site.name]) if site.name in today else [[] for _ in _row_groups(site)]
         rows = []
-        for parts in (inward, outward):
-            linked = torch.stack([(part.abs() >= epsilon).sum(dim=1).float() for part in parts]).sum(dim=0)
-            rows.append(100 * linked / sum(part.shape[1] for part in parts))
-        result[site.name] = torch.cat(rows).cpu()
+        for before, now in zip(_row_groups(site), here, strict=True):
+            height = before[0][0].shape[before[0][1]]
+            entries = sum(math.prod(piece.shape) // height for piece, _ in before)
+            linked = torch.zeros(height)
+            for piece, axis in now:
+                found = (row_view(model.get_parameter(piece.param), axis).abs() >= epsilon).sum(dim=1).float().cpu()
+                linked[: len(found)] += found  # rows that were cut out are at the end, where order says nothing
+            rows.append(100 * linked / entries)
+        result[site.name] = torch.cat(rows)
     return result
 
 
-def connectivity_sd(model: nn.Module, sites: Sequence[Site], epsilon: float = 1e-4) -> float:
-    """Return the standard deviation of MLP connectivity, in percentage points, pooled over layers.
+def _row_groups(site: Site) -> list[list[tuple[TensorSlice, int]]]:
+    """Return the matrices whose rows are counted together, each with the axis of the rows."""
+    reads = list({(p.param, p.axis): (p, p.axis) for p in site.reads if len(p.shape) == 2}.values())
+    return [reads] if site.kind == "input_dim" else [reads, [(p, 1 - p.axis) for p in site.writes]]
 
-    The paper's signature of preferential attachment: 0.13 after dense fine-tuning, 12.12 at
-    50 % sparsity (BERT-base, SST-2). nan without FFN sites.
+
+def connectivity_sd(
+    model: nn.Module,
+    sites: Sequence[Site],
+    epsilon: float = 1e-4,
+    *,
+    kind: Literal["neuron", "input_dim"] = "neuron",
+    planned: Sequence[Site] | None = None,
+) -> float:
+    """Return the standard deviation of connectivity, in percentage points, pooled over layers (see `degrees`).
+
+    That of MLPs is the paper's signature of preferential attachment: 0.13 after dense fine-tuning, 12.12 at
+    50 % sparsity (BERT-base, SST-2). nan without such sites.
     """
-    rows = list(degrees(model, sites, epsilon).values())
+    rows = list(degrees(model, sites, epsilon, kind=kind, planned=planned).values())
     return float(torch.cat(rows).std(unbiased=False)) if rows else float("nan")

@@ -88,6 +88,8 @@ class Solution:
             dominator: 0 for kept units, inf where there is none.
         seconds: wall-clock time of the solve.
         stats: solver-specific counters (nodes, branches, thresholds tried, ...).
+        importance: (n,) float64 >= 0 or None. What each unit is worth by itself, on a scale of which
+            `dominator_distance`, then in [0, 1], is the share that the dominator leaves.
     """
 
     keep: np.ndarray
@@ -100,9 +102,15 @@ class Solution:
     dominator_distance: np.ndarray | None = None
     seconds: float = 0.0
     stats: Mapping[str, Any] = field(default_factory=dict)
+    importance: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in (("keep", bool), ("dominator", np.int32), ("dominator_distance", np.float64)):
+        for name, dtype in (
+            ("keep", bool),
+            ("dominator", np.int32),
+            ("dominator_distance", np.float64),
+            ("importance", np.float64),
+        ):
             value = getattr(self, name)
             if value is not None:
                 array = np.array(value, dtype=dtype)

@@ -12,7 +12,7 @@ from torch import nn
 from topoprune.architectures.bart import BART
 from topoprune.architectures.base import Attention, Family, FeedForward
 from topoprune.architectures.bert import BERT
-from topoprune.architectures.checks import check_sites, counted_matrices, matrix_parameters
+from topoprune.architectures.checks import check_plain, check_sites, counted_matrices, matrix_parameters
 from topoprune.architectures.distilbert import DISTILBERT
 from topoprune.architectures.find import INCLUDES, model_config, sites_of_family
 from topoprune.architectures.gpt2 import GPT2
@@ -87,6 +87,7 @@ def find_sites(model: nn.Module, include: Collection[str] = INCLUDES, *, gqa: st
         raise ValueError(f"unknown include {include!r}; choose from {', '.join(INCLUDES)}")
     if gqa not in GQA:
         raise ValueError(f"unknown gqa {gqa!r}; choose from {', '.join(GQA)}")
+    check_plain(model)
     model_type = getattr(model_config(model), "model_type", None)
     if model_type not in FAMILIES:
         raise ValueError(

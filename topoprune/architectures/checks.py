@@ -9,7 +9,26 @@ from torch import nn
 
 from topoprune.graph import Site
 
-__all__ = ["check_float", "check_sites", "counted_matrices", "matrix_parameters"]
+__all__ = ["check_float", "check_plain", "check_sites", "counted_matrices", "matrix_parameters"]
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ValueError for wrappers whose parameters are not the model's own: PEFT adapters, FSDP1."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    adapted = [
+        name for name, module in model.named_modules() if hasattr(module, "base_layer") and hasattr(module, "merge")
+    ]
+    if adapted or "PeftModel" in kinds:
+        where = f" ({adapted[0]!r} has one)" if adapted else ""
+        raise ValueError(
+            f"{type(model).__name__} has PEFT adapters{where} beside the weights that would be pruned; merge them "
+            "first: model = model.merge_and_unload(), and train or prune that"
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            "FSDP1 flattens parameters, so their rows and columns cannot be masked; use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard; with Accelerate: fsdp_version: 2)"
+        )
 
 
 def check_float(name: str, tensor: torch.Tensor) -> None:

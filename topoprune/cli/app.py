@@ -10,6 +10,7 @@ import topoprune
 from topoprune.cli.compare import compare
 from topoprune.cli.doctor import doctor
 from topoprune.cli.graphs import extract, solve
+from topoprune.cli.history import history
 from topoprune.cli.output import set_debug
 from topoprune.cli.prune import compact, prune
 from topoprune.cli.solvers import solvers
@@ -43,7 +44,7 @@ def options(
     set_debug(debug)
 
 
-for command in (demo, train, prune, compact, extract, solve, compare, solvers, doctor):
+for command in (demo, train, history, prune, compact, extract, solve, compare, solvers, doctor):
     app.command()(command)
 
 

@@ -18,14 +18,17 @@ from topoprune.cli.output import (
     stderr_console,
     stdout_console,
 )
-from topoprune.cli.sources import Calibration, Gqa, Measure, calibration_texts, share_or_count
+from topoprune.cli.prune_recipe import check_flags, recipe_of
+from topoprune.cli.sources import Gqa, Measure, calibration_texts, share_or_count
 
 if TYPE_CHECKING:
     from topoprune.oneshot import PrunedModel
 
 __all__ = ["compact", "prune"]
 
+_BY_RECIPE = "By a recipe (--recipe)"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_COUNTS = ("budget", "heads", "neurons")
 _TITLES = ("heads", "KV groups", "cross heads", "cross KV groups", "neurons")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or 'embedded'.")]
 Out = Annotated[Path, typer.Option(help="The folder to write: new, empty, or one with an earlier pruned model.")]
@@ -37,13 +40,77 @@ Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or 
 def prune(
     model: Model,
     out: Out,
-    budget: Annotated[str, typer.Option(help="Share of heads and neurons to KEEP in every layer.")] = "0.5",
-    heads: Annotated[str | None, typer.Option(help="Keep this of the heads instead: 0.5, or a number, 6.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Share of heads and neurons to KEEP in every layer; default: 0.5.")
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="Keep this of the heads instead: 0.5, or a number, 6. With --recipe: how many in all."),
+    ] = None,
     neurons: Annotated[str | None, typer.Option(help="Keep this of the FFN neurons instead: 0.25, or 384.")] = None,
     merge: Annotated[
         str | None, typer.Option(help="What survivors take over: least-squares (the default), scale or none.")
     ] = None,
-    calibration_file: Calibration = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="budget, fast, balanced, best (as in training, without it) or neuroprune.", rich_help_panel=_BY_RECIPE
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the weights to REMOVE, in [0, 1).", rich_help_panel=_BY_RECIPE)
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(help="Parameters that stay at most: 0.6, or a number, 12000000.", rich_help_panel=_BY_RECIPE),
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="Share of a forward's FLOPs that stays.", rich_help_panel=_BY_RECIPE)
+    ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(help="Share of a forward's seconds, measured here, that stays.", rich_help_panel=_BY_RECIPE),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Of that forward: 8x128 (the default).", rich_help_panel=_BY_RECIPE)
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(help="unit (cut out), edge or n:m, such as 2:4 (zeros).", rich_help_panel=_BY_RECIPE),
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="Over layers: uniform or output-kl.", rich_help_panel=_BY_RECIPE)
+    ] = None,
+    floor: Annotated[
+        float | None, typer.Option(help="Least share of a layer's units that stays.", rich_help_panel=_BY_RECIPE)
+    ] = None,
+    heads_by: Annotated[str | None, typer.Option(help="soft, hard or quadratic.", rich_help_panel=_BY_RECIPE)] = None,
+    neurons_by: Annotated[
+        str | None,
+        typer.Option(help="attachment, quadratic, repaired or domination.", rich_help_panel=_BY_RECIPE),
+    ] = None,
+    input_dims: Annotated[
+        float | None, typer.Option(help="Share of attention's inputs to zero.", rich_help_panel=_BY_RECIPE)
+    ] = None,
+    repair: Annotated[
+        str | None, typer.Option(help="Refit all (the default), heads or none.", rich_help_panel=_BY_RECIPE)
+    ] = None,
+    theta: Annotated[
+        str | None, typer.Option(help="neuroprune: a distance, or auto:q for a quantile.", rich_help_panel=_BY_RECIPE)
+    ] = None,
+    stages: Annotated[
+        int | None,
+        typer.Option(help="Cut in so many steps, measuring between them; default 1.", rich_help_panel=_BY_RECIPE),
+    ] = None,
+    calibration_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration-file",
+            "--calibration",
+            "--train-file",
+            help="Texts to calibrate on (a file with a text column); default: embedded docstrings.",
+        ),
+    ] = None,
     calibration_samples: Annotated[
         int, typer.Option(help="Calibration texts; 0: none, distances and importances from the weights alone.")
     ] = 256,
@@ -55,23 +122,37 @@ def prune(
     json_file: Json = None,
 ) -> None:
     """Prune a model in one shot, repair it on calibration texts, remove what went, check it and save it."""
-    from topoprune.oneshot import OneShot, prune_once
+    from topoprune.oneshot import prune_once
 
     target = _check_places(model, out, json_file)
-    kept = {name: share_or_count(f"--{name}", text) for name, text in (("heads", heads), ("neurons", neurons))}
-    options: dict[str, Any] = {
-        **kept,
+    flags = {
+        "budget": budget,
+        "heads": heads,
+        "neurons": neurons,
         "merge": merge,
-        "rounding": rounding,
         "measure": measure,
-        "gqa": gqa,
-        "seed": seed,
+        "rounding": rounding,
+        "sparsity": sparsity,
+        "parameters": parameters,
+        "flops": flops,
+        "latency": latency,
+        "shape": shape,
+        "granularity": granularity,
+        "allocation": allocation,
+        "floor": floor,
+        "heads_by": heads_by,
+        "neurons_by": neurons_by,
+        "input_dims": input_dims,
+        "repair": repair,
+        "theta": theta,
+        "stages": stages,
     }
-    wanted = share_or_count("--budget", budget)
-    assert wanted is not None
-    request = OneShot(wanted, **options)
-    texts, origin = _texts(calibration_file, calibration_samples, request.needs_data())
+    given = {name: value for name, value in flags.items() if value is not None}
+    check_flags(recipe, given)
     console = stderr_console()
+    always = {"gqa": gqa, "seed": seed}
+    options, needed = _by_share(given, always) if recipe is None else _by_recipe(recipe, given, always, console)
+    texts, origin = _texts(calibration_file, calibration_samples, needed)
     with progress_bar() as show:
         loaded, tokenizer = _load(model, dtype, texts is not None, show)
         console.print(_loaded_text(model, loaded), highlight=False)
@@ -81,7 +162,7 @@ def prune(
 
             console.print(f"calibration: {len(texts)} texts, {origin}", highlight=False)
             batches = calibration_batches(model, loaded, texts)
-        result = prune_once(loaded, wanted, calibration=batches, progress=show, **options)
+        result = prune_once(loaded, calibration=batches, progress=show, **options)
         _save(result, target, tokenizer, show)
     _report(result, out, json_file, {"source": model, "calibration": origin})
 
@@ -127,6 +208,27 @@ def compact(
     _report(result, out, json_file, {"source": model, "plan": None if plan is None else str(plan)})
 
 
+def _by_share(given: dict[str, Any], always: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return the options of `prune_once`, and whether they need calibration data."""
+    from topoprune.oneshot import OneShot
+
+    options: dict[str, Any] = dict(always)
+    options |= {name: share_or_count(f"--{name}", v) if name in _COUNTS else v for name, v in given.items()}
+    return options, OneShot(**options).needs_data()
+
+
+def _by_recipe(name: str, given: dict[str, Any], always: dict[str, Any], console: Any) -> tuple[dict[str, Any], bool]:
+    """As `_by_share`, for ``--recipe``."""
+    from topoprune.oneshot import OneShot
+
+    OneShot(**always)  # checks them
+    recipe, left_out = recipe_of(name, given)
+    if left_out:
+        console.print(left_out, highlight=False)
+    stages = {"stages": given["stages"]} if "stages" in given else {}
+    return {"recipe": recipe, **stages, **always}, getattr(recipe, "granularity", "edge") == "unit"
+
+
 def _check_places(model: str, out: Path, json_file: str | None) -> Path:
     """Refuse an output folder that must not be replaced, before anything is loaded; return it, ``~`` expanded."""
     from topoprune.compaction import folders
@@ -153,8 +255,8 @@ def _texts(path: Path | None, samples: int, needed: bool) -> tuple[list[str] | N
             raise ValueError(f"--calibration-file {path} is given, but --calibration-samples 0 would not read it")
         if needed:
             raise ValueError(
-                "this --measure or --merge needs calibration texts, but --calibration-samples is 0; without texts: "
-                "--measure circuit-cosine --merge none"
+                "this needs calibration texts, but --calibration-samples is 0; without texts: "
+                "--measure circuit-cosine --merge none, or --recipe neuroprune"
             )
         return None, None
     return calibration_texts(path, samples)
@@ -191,7 +293,23 @@ def _save(result: PrunedModel, target: Path, tokenizer: Any, show: Callable[[str
 
     show("saving", 0, 0)
     with quiet_libraries():
+        if not result.plan.unit_solutions():
+            _save_masked(result, target, tokenizer)
+            return
         save(result.model, result.plan, target, tokenizer=tokenizer, speed={_setting(result): result.speed})
+
+
+def _save_masked(result: PrunedModel, target: Path, tokenizer: Any) -> None:
+    """Write an ordinary folder of transformers, with the zeros in the weights and their plan beside them."""
+    from topoprune.compaction.folders import atomic_folder
+    from topoprune.compaction.manifest import MANIFEST_NAME, is_model_file
+
+    model: Any = result.model
+    with atomic_folder(target, lambda name: is_model_file(name) or name == MANIFEST_NAME) as folder:
+        model.save_pretrained(folder)
+        result.plan.save(folder / "plan.npz")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
 
 
 def _setting(result: PrunedModel) -> str:
@@ -214,12 +332,16 @@ def _report(result: PrunedModel, out: Path, json_file: str | None, more: dict[st
         show.print(line, highlight=False, markup=False, soft_wrap=True)
     for name in filter(None, (str(out), json_file)):
         show.print(f"written: {name}", highlight=False, markup=False, soft_wrap=True)
-    show.print(f'load it: topoprune.load("{out}")', highlight=False, markup=False, soft_wrap=True)
+    cut = bool(result.plan.unit_solutions())
+    how = "topoprune.load" if cut else f"transformers.{type(result.model).__name__}.from_pretrained"
+    show.print(f'load it: {how}("{out}")', highlight=False, markup=False, soft_wrap=True)
 
 
 def _lines(result: PrunedModel) -> list[str]:
     (before, after), (dense_seconds, seconds) = result.parameters, result.batch_seconds
     worst = result.equivalence.worst
+    if not result.plan.unit_solutions():
+        return [f"attention and FFN weights that are zero: {result.zeros:.1%}; nothing was cut out"]
     lines = [
         f"attention and FFN weights removed: {result.sparsity:.1%}; all parameters: {before:,} -> {after:,} "
         f"({after / before:.1%})"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import nn
 
 from topoprune.architectures import model_config
+from topoprune.extraction.memory import is_out_of_memory, release_cached
 from topoprune.graph import Site
 
-__all__ = ["GramCollector", "collect_gram"]
+__all__ = ["GramCollector", "collect_gram", "decoder_mask"]
 
 _PANEL = 768  # columns of one accumulation: large enough for a fast product, small enough to skip half
 
@@ -79,6 +81,7 @@ class GramCollector:
         self._sums: dict[str, torch.Tensor] = {}
         self._rows: dict[str, tuple[torch.Tensor, int] | None] = {}
         self._inside = False
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         top = getattr(model, "_orig_mod", model)
         self._signature = inspect.signature(top.forward)
         self._two_stacks = bool(getattr(model_config(model), "is_encoder_decoder", False))
@@ -132,6 +135,22 @@ class GramCollector:
         self._sums.pop(name, None)
         self.tokens[name] = 0
 
+    def reduce(self, add: Callable[[torch.Tensor], Any]) -> None:
+        """Take in what other collectors saw of the same sites.
+
+        Args:
+            add: called with every count and every sum, site by site, to change it in place (such as ``all_reduce``).
+        """
+        for name, site in self.sites.items():
+            width = site.n_units * site.unit_width
+            count = torch.tensor([self.tokens[name]], device=self._device)
+            if name not in self._sums:
+                shape = (width,) if name in self.diagonal else (width, width)
+                self._sums[name] = torch.zeros(shape, device=self._device)
+            add(count)
+            add(self._sums[name])
+            self.tokens[name] = int(count)
+
     def state_dict(self) -> dict[str, Any]:
         """Return sums and token counts; loading them continues exactly."""
         return {"sums": {name: total.clone() for name, total in self._sums.items()}, "tokens": dict(self.tokens)}
@@ -176,7 +195,7 @@ class GramCollector:
         self._rows = {"encoder": _real_rows("attention_mask", mask)}
         self._rows["decoder"] = self._rows["encoder"]
         if self._two_stacks:
-            self._rows["decoder"] = _real_rows("decoder_attention_mask", _decoder_mask(given))
+            self._rows["decoder"] = _real_rows("decoder_attention_mask", decoder_mask(given))
 
     def _leave(self, *_: object) -> None:
         self._inside = False
@@ -211,20 +230,39 @@ class GramCollector:
         # Autocast would round the products; an accumulator born in inference mode could not be
         # updated outside of it.
         with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if site.name in self.diagonal:
-                squares = x.square().sum(dim=0)
-                known = self._sums.get(site.name)
-                self._sums[site.name] = squares if known is None else known.to(x.device).add_(squares)
-                return
             total_sum = self._sums.get(site.name)
             if total_sum is None or total_sum.device != x.device:
-                zero = torch.zeros(width, width, device=x.device)
+                zero = torch.zeros((width,) if site.name in self.diagonal else (width, width), device=x.device)
                 self._sums[site.name] = zero if total_sum is None else zero.copy_(total_sum)
-            _accumulate(self._sums[site.name], x)
+            self._add_rows(site, x)
+
+    def _add_rows(self, site: Site, x: torch.Tensor) -> None:
+        """Add tokens to a site's sum; in halves where their float32 copies do not fit into memory."""
+        total = self._sums[site.name]
+        try:
+            # All that is allocated; the sums are untouched until it is there.
+            wide = _squares(x) if site.name in self.diagonal else x.float()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(x) <= 1:
+                raise
+            wide = None
+        if wide is None:
+            release_cached()
+            warnings.warn(
+                f"out of memory while collecting {len(x)} tokens at {site.consumer!r}; going on with half as many at a "
+                "time: the same result, slower",
+                stacklevel=2,
+            )
+            middle = len(x) // 2
+            self._add_rows(site, x[:middle])
+            self._add_rows(site, x[middle:])
+        elif wide.ndim == 1:
+            total.add_(wide)
+        else:
+            _accumulate(total, wide)
 
 
-def _decoder_mask(given: Mapping[str, Any]) -> torch.Tensor | None:
+def decoder_mask(given: Mapping[str, Any]) -> torch.Tensor | None:
     """Return what tells the real tokens of an encoder-decoder model's decoder, or None for all."""
     mask, labels = given.get("decoder_attention_mask"), given.get("labels")
     if mask is not None:
@@ -243,6 +281,10 @@ def _real_rows(name: str, mask: torch.Tensor | None) -> tuple[torch.Tensor, int]
     if mask.ndim not in (2, 3):  # three axes: (batch, choices, length), which multiple-choice heads flatten
         raise ValueError(f"{name} has shape {tuple(mask.shape)}, expected (batch, length) with 1 for real tokens")
     return (mask.reshape(-1) != 0).nonzero().squeeze(1), mask.numel()
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    return x.float().square().sum(dim=0)
 
 
 def _accumulate(total: torch.Tensor, x: torch.Tensor) -> None:
@@ -302,10 +344,29 @@ def _collect(
     max_tokens: int | None,
     diagonal: frozenset[str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for group in groups:
+    waiting = list(groups)
+    while waiting:
+        group = waiting.pop(0)
         own = diagonal & {site.name for site in group}
-        with GramCollector(model, group, max_tokens=max_tokens, diagonal=own) as collector:
-            _run(model, collector, batches)
+        fits = True
+        try:
+            with GramCollector(model, group, max_tokens=max_tokens, diagonal=own) as collector:
+                _run(model, collector, batches)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(group) == 1:
+                raise
+            fits = False
+        if not fits:
+            collector.reset()
+            release_cached()
+            middle = len(group) // 2
+            waiting[:0] = [group[:middle], group[middle:]]
+            warnings.warn(
+                f"out of memory with the accumulators of {len(group)} sites; going on with {middle} at a time: the "
+                "same result, slower (more passes over the calibration batches)",
+                stacklevel=2,
+            )
+            continue
         for site in group:
             moment = collector.moment(site.name)
             collector.discard(site.name)

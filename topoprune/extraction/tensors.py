@@ -14,14 +14,18 @@ import torch
 from torch import nn
 
 from topoprune.graph import Site, TensorSlice
+from topoprune.sharding import tensors_of
 
 __all__ = ["check_finite", "named_tensors", "unit_blocks", "unit_rows", "weights_digest"]
 
 
-def named_tensors(model: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return parameter name -> detached tensor; a mapping is passed through (detached)."""
+def named_tensors(model: nn.Module | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Return parameter name -> detached tensor; a mapping is passed through (detached).
+
+    Sharded parameters (FSDP2) are gathered one by one, as they are read, on all ranks together.
+    """
     if isinstance(model, nn.Module):
-        return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+        return tensors_of(model)
     return {name: tensor.detach() for name, tensor in model.items()}
 
 

@@ -1,7 +1,8 @@
 """Graphs from a function that gives one tile of the distance matrix at a time.
 
 Only tiles on and above the diagonal are ever computed: each value serves both directions, which
-halves the work and makes the result exactly symmetric. Nothing larger than a tile is held.
+halves the work and makes the result exactly symmetric. Nothing larger than a tile is held. Where not even that
+fits into memory, the work starts afresh with tiles of half the side, with a warning.
 
 Shape legend: n units, b tile side, k neighbours.
 """
@@ -13,9 +14,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from topoprune.extraction.memory import with_smaller_blocks
 from topoprune.graph import Graph
 
 __all__ = ["DistanceTile", "complete_graph", "nearest_graph", "threshold_graph"]
+
+_LEAST = 16  # smallest side of a tile of neurons: below, the work would take hours
 
 DistanceTile = Callable[[slice, slice], torch.Tensor]
 """(rows, columns) -> (b_rows, b_columns) float32 distances on the model's device."""
@@ -23,6 +27,11 @@ DistanceTile = Callable[[slice, slice], torch.Tensor]
 
 def complete_graph(tile: DistanceTile, n: int, *, block: int, normalised: bool) -> Graph:
     """Return the complete graph on n units. Memory: n * n on the CPU, so for heads only."""
+    what = f"the graph of {n} units"
+    return with_smaller_blocks(lambda side: _complete(tile, n, side, normalised), block, what)
+
+
+def _complete(tile: DistanceTile, n: int, block: int, normalised: bool) -> Graph:
     dense = np.zeros((n, n), dtype=np.float32)
     for rows, columns, values in _upper_tiles(tile, n, block):
         found = _clip(values, normalised).cpu().numpy()
@@ -43,6 +52,11 @@ def nearest_graph(tile: DistanceTile, n: int, k: int, *, block: int, normalised:
     k = min(k, n - 1)
     if k <= 0:
         return _graph(n, np.zeros(0, np.int64), np.zeros(0, np.float32), normalised)
+    what = f"the neighbours of {n} units"
+    return with_smaller_blocks(lambda side: _nearest_graph(tile, n, k, side, normalised), block, what, least=_LEAST)
+
+
+def _nearest_graph(tile: DistanceTile, n: int, k: int, block: int, normalised: bool) -> Graph:
     best: dict[int, torch.Tensor] = {}
     for rows, columns, values in _upper_tiles(tile, n, block):
         best[rows.start] = _nearest(values, columns.start, n, k, best.get(rows.start))
@@ -62,6 +76,13 @@ def threshold_graph(tile: DistanceTile, n: int, theta: float, *, block: int, nor
     Raises:
         ValueError: more than `max_edges` edges; says how many and what to do.
     """
+    what = f"the edges of {n} units"
+    return with_smaller_blocks(
+        lambda side: _threshold(tile, n, theta, side, normalised, max_edges), block, what, least=_LEAST
+    )
+
+
+def _threshold(tile: DistanceTile, n: int, theta: float, block: int, normalised: bool, max_edges: int) -> Graph:
     keys: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     edges = 0

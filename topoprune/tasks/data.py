@@ -1,18 +1,18 @@
-"""Classification data as plain records, from files, from the hub, or from the embedded task."""
+"""Classification and regression data as plain records, from files, from the hub, or from the embedded task."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
+from topoprune.tasks.labels import Labels, label_reader
 from topoprune.tasks.tables import Table, read_table
+from topoprune.tasks.task import draw
 
-__all__ = ["ClassificationData", "Columns", "Example", "load_files", "load_hub_task"]
+__all__ = ["ClassificationData", "Columns", "Example", "assemble", "load_files", "load_hub_task"]
 
 # Most specific first: a file with a pair of sentences may have other text columns as well.
 _TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -25,15 +25,14 @@ _TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("content",),
 )
 _LABEL_COLUMNS = ("label", "labels", "target")
-_GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "wnli")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text (or pair of texts) and the index of its class."""
+    """One text (or pair of texts) and the index of its class, or the number to be predicted."""
 
     text: str
-    label: int
+    label: int | float
     pair: str | None = None
 
 
@@ -52,12 +51,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """A classification task.
+    """Texts with their classes, or with numbers to be predicted (a regression).
 
     Args:
-        name: for people. labels: class names, in index order.
+        name: for people. labels: class names, in index order; empty for a regression.
         train, validation: examples.
         source: where it comes from, one sentence.
+        extra: further splits to score, by name.
     """
 
     name: str
@@ -65,6 +65,12 @@ class ClassificationData:
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     source: str
+    extra: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+
+    @property
+    def regression(self) -> bool:
+        """True where labels are numbers to be predicted."""
+        return not self.labels
 
     @property
     def floor(self) -> float:
@@ -76,7 +82,7 @@ class ClassificationData:
     def digest(self) -> str:
         """Short hex digest of all texts and labels: what a resumed run must have again."""
         state = hashlib.sha256(repr(self.labels).encode())
-        for example in (*self.train, *self.validation):
+        for example in (*self.train, *self.validation, *(e for split in self.extra.values() for e in split)):
             state.update(repr((example.text, example.pair, example.label)).encode())
         return state.hexdigest()[:16]
 
@@ -85,19 +91,22 @@ class ClassificationData:
 
         Drawn, not the first ones: files are often sorted by class.
         """
-        return replace(self, train=_draw(self.train, train, seed), validation=_draw(self.validation, validation, seed))
-
-
-def _draw(examples: tuple[Example, ...], count: int | None, seed: int) -> tuple[Example, ...]:
-    if count is None or count >= len(examples):
-        return examples
-    if count < 1:
-        raise ValueError(f"asked for {count} examples; expected at least 1")
-    return tuple(random.Random(seed).sample(examples, count))
+        return replace(
+            self,
+            train=draw(self.train, train, seed),
+            validation=draw(self.validation, validation, seed),
+            extra={name: draw(split, validation, seed) for name, split in self.extra.items()},
+        )
 
 
 def load_files(
-    train_file: str | os.PathLike[str], validation_file: str | os.PathLike[str], columns: Columns | None = None
+    train_file: str | os.PathLike[str],
+    validation_file: str | os.PathLike[str],
+    columns: Columns | None = None,
+    *,
+    labels: Labels | None = None,
+    extra: Mapping[str, str | os.PathLike[str]] | None = None,
+    name: str | None = None,
 ) -> ClassificationData:
     """Read a task from two table files.
 
@@ -106,71 +115,72 @@ def load_files(
     Args:
         train_file, validation_file: see `read_table`.
         columns: names of the columns.
+        labels: classes or numbers that a task fixes; ``Labels(regression=True)`` reads numbers to be predicted.
+        extra: files of further splits to score, by name.
+        name: of the task; default: the training file.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unreadable file, missing columns (lists those that exist), empty texts,
             wrong labels (names file and line), a single class.
     """
-    train, validation = read_table(train_file), read_table(validation_file)
-    return _assemble(train, validation, columns or Columns(), f"files {train.path} and {validation.path}", train.path)
+    tables = {"train": read_table(train_file), "validation": read_table(validation_file)}
+    tables |= {split: read_table(file) for split, file in (extra or {}).items()}
+    files = [table.path for table in tables.values()]
+    source = f"files {', '.join(files[:-1])} and {files[-1]}"
+    return assemble(tables, columns or Columns(), source, name or files[0], labels or Labels())
 
 
-def load_hub_task(task: str, columns: Columns | None = None) -> ClassificationData:
+def load_hub_task(task: str, columns: Columns | None = None, *, labels: Labels | None = None) -> ClassificationData:
     """Load a task from the Hugging Face hub (or its local cache).
 
     Args:
-        task: ``"glue/sst2"`` and the other GLUE classification tasks, or ``"owner/name"`` or
-            ``"owner/name:config"``.
+        task: ``"glue/sst2"`` and the other GLUE tasks, or ``"owner/name"`` or ``"owner/name:config"``.
+        columns, labels: as `load_files`.
 
     Raises:
-        ValueError: a regression task, an unknown task, or the hub cannot be reached.
+        ValueError: an unknown task, or the hub cannot be reached.
     """
-    if task in ("glue/stsb", "glue/sts-b"):
-        raise ValueError(f"task {task!r} is a regression task; only classification is supported so far")
-    family, _, name = task.partition("/")
-    if family == "glue":
-        if name not in _GLUE:
-            raise ValueError(f"unknown task {task!r}; known GLUE tasks: {', '.join(f'glue/{n}' for n in _GLUE)}")
-        path, config = "nyu-mll/glue", name
-    else:
-        path, _, config = task.partition(":")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(f"--task {task} needs the package datasets: pip install datasets") from None
-    try:
-        splits: Mapping[str, Any] = load_dataset(path, config or None)
-    except Exception as error:  # the hub client raises many unrelated types, offline ones among them
-        raise ValueError(
-            f"cannot load task {task!r} ({type(error).__name__}: {str(error).splitlines()[0][:200]}). If the hub "
-            "is out of reach, give local files with --train-file and --validation-file, or use the embedded task "
-            "(--task stdlib-docs)"
-        ) from error
-    held_out = next((s for s in ("validation", "validation_matched", "test") if s in splits), None)
-    if "train" not in splits or held_out is None:
-        raise ValueError(f"task {task!r} has splits {', '.join(splits)}; expected train and validation")
-    tables = []
-    for split in ("train", held_out):
-        rows = tuple(enumerate((dict(row) for row in splits[split]), start=1))
-        tables.append(Table(f"{task} [{split}]", tuple(splits[split].column_names), rows))
-    return _assemble(
-        tables[0], tables[1], columns or Columns(), f"the Hugging Face hub, {path} {config}".rstrip(), task
-    )
+    if task.startswith("glue/"):
+        from topoprune.tasks.glue import load_glue
+
+        return load_glue(task, columns=columns).data
+    from topoprune.tasks.hub import load_splits
+
+    path, _, config = task.partition(":")
+    tables = load_splits(path, config or None, name=task)
+    source = f"the Hugging Face hub, {path} {config}".rstrip()
+    return assemble(tables, columns or Columns(), source, task, labels or Labels())
 
 
-def _assemble(train: Table, validation: Table, columns: Columns, source: str, name: str) -> ClassificationData:
-    for table in (train, validation):
+def assemble(
+    tables: Mapping[str, Table], columns: Columns, source: str, name: str, labels: Labels
+) -> ClassificationData:
+    """Return the data of tables ``"train"``, ``"validation"`` and any others; ValueError as `load_files`."""
+    for table in tables.values():
         if not table.rows:
             raise ValueError(f"{table.path} holds no rows")
+    train = tables["train"]
     text, pair, label = _find_columns(train, columns)
-    _require(validation, [c for c in (text, pair, label) if c is not None])
-    classes = _classes(train, label)
-    if len(classes) < 2:
-        raise ValueError(f"{train.path}: column {label!r} has the single class {classes[0]!r}; expected at least two")
-    index = {value: i for i, value in enumerate(classes)}
-    splits = [_examples(table, text, pair, label, index, train.path) for table in (train, validation)]
-    return ClassificationData(name, tuple(str(c) for c in classes), splits[0], splits[1], source)
+    for table in tables.values():
+        _require(table, [c for c in (text, pair, label) if c is not None])
+    classes, read = label_reader(train, label, labels)
+    splits = {}
+    for split, table in tables.items():
+        examples = []
+        for line, row in table.rows:
+            first = _text(table, line, row, text)
+            second = None if pair is None else _text(table, line, row, pair)
+            examples.append(Example(first, read(table, line, row), second))
+        splits[split] = tuple(examples)
+    return ClassificationData(name, classes, splits.pop("train"), splits.pop("validation"), source, splits)
+
+
+def _text(table: Table, line: int, row: Mapping[str, object], column: str) -> str:
+    content = row.get(column)
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError(f"{table.path}, line {line}: column {column!r} holds {content!r}, expected a text")
+    return content
 
 
 def _require(table: Table, names: Sequence[str]) -> None:
@@ -200,62 +210,3 @@ def _find_columns(table: Table, asked: Columns) -> tuple[str, str | None, str]:
             f"{', '.join(_LABEL_COLUMNS)}); give --label-column"
         )
     return text, pair, label
-
-
-def _classes(table: Table, label: str) -> list[int] | list[str]:
-    values = [(line, _plain(table, line, label, row.get(label))) for line, row in table.rows]
-    strings = [(line, value) for line, value in values if isinstance(value, str)]
-    numbers = [(line, value) for line, value in values if isinstance(value, int)]
-    if strings and numbers:
-        line, value = strings[0] if len(strings) <= len(numbers) else numbers[0]
-        raise ValueError(
-            f"{table.path}, line {line}: label {value!r} is a {'word' if isinstance(value, str) else 'number'} "
-            f"among {'numbers' if isinstance(value, str) else 'words'}; column {label!r} must hold one kind"
-        )
-    if strings:
-        return sorted({str(value) for _, value in strings})
-    return sorted({int(value) for _, value in numbers})
-
-
-def _plain(table: Table, line: int, label: str, value: Any) -> int | str:
-    """Return a label as an int >= 0 or a non-empty string; csv cells that are whole numbers count as numbers."""
-    where = f"{table.path}, line {line}: label {value!r} in column {label!r}"
-    if isinstance(value, bool):
-        return int(value)
-    if isinstance(value, str):
-        text = value.strip()
-        if not text:
-            raise ValueError(f"{where} is empty")
-        try:
-            value = float(text)
-        except ValueError:
-            return text
-    if isinstance(value, (int, float)):
-        if value != value or value in (float("inf"), float("-inf")) or int(value) != value:
-            raise ValueError(
-                f"{where} is not a whole number; regression is not supported, classes are whole numbers or words"
-            )
-        if value < 0:
-            raise ValueError(f"{where} is negative (-1 marks unlabelled test data); give a labelled file")
-        return int(value)
-    raise ValueError(f"{where} is a {type(value).__name__}; expected a whole number >= 0 or a word")
-
-
-def _examples(
-    table: Table, text: str, pair: str | None, label: str, index: Mapping[Any, int], train_path: str
-) -> tuple[Example, ...]:
-    examples = []
-    for line, row in table.rows:
-        value = _plain(table, line, label, row.get(label))
-        if value not in index:
-            known = ", ".join(str(c) for c in list(index)[:10]) + (", ..." if len(index) > 10 else "")
-            raise ValueError(
-                f"{table.path}, line {line}: label {value!r} in column {label!r} does not occur in {train_path}, whose "
-                f"classes are {known}"
-            )
-        texts = [row.get(column) for column in (text, pair) if column is not None]
-        for column, content in zip((text, pair), texts, strict=False):
-            if not isinstance(content, str) or not content.strip():
-                raise ValueError(f"{table.path}, line {line}: column {column!r} holds {content!r}, expected a text")
-        examples.append(Example(str(texts[0]), index[value], str(texts[1]) if pair is not None else None))
-    return tuple(examples)

@@ -26,7 +26,15 @@ from pathlib import Path
 from topoprune.files import atomic_path
 from topoprune.tasks.data import ClassificationData, Example
 
-__all__ = ["GROUPS", "cache_folder", "collect_docstrings", "in_validation", "load_docstrings", "text_key"]
+__all__ = [
+    "GROUPS",
+    "cache_folder",
+    "collect_docstrings",
+    "in_validation",
+    "load_docstrings",
+    "stdlib_docstrings",
+    "text_key",
+]
 
 # Topic group -> top-level modules. The order gives the class index; modules not named are left out.
 _MODULES = {
@@ -131,15 +139,10 @@ def collect_docstrings(stdlib: Path) -> list[tuple[str, str]]:
     """
     group_of = {module: group for group, modules in GROUPS.items() for module in modules}
     found: dict[str, dict[str, str]] = {}  # key -> group -> text
-    for path in sorted(stdlib.rglob("*.py")):
-        parts = path.relative_to(stdlib).parts
-        module = parts[0].removesuffix(".py")
-        if module not in group_of or _SKIPPED_FOLDERS.intersection(parts) or parts[-1].startswith("test_"):
-            continue
-        for docstring in _docstrings(path):
-            text = _clean(docstring, module)
-            if text is not None:
-                found.setdefault(text_key(text), {}).setdefault(group_of[module], text)
+    for module, docstring in stdlib_docstrings(stdlib):
+        text = _clean(docstring, module)
+        if text is not None:
+            found.setdefault(text_key(text), {}).setdefault(group_of[module], text)
     # A text with two groups has no right answer.
     rows = [next(iter(groups.items())) for groups in found.values() if len(groups) == 1]
     if len(rows) < _FEWEST_TEXTS:
@@ -148,6 +151,18 @@ def collect_docstrings(stdlib: Path) -> list[tuple[str, str]]:
             "Python's standard library are not installed here. Use your own data: --train-file and --validation-file"
         )
     return sorted(rows)
+
+
+def stdlib_docstrings(stdlib: Path) -> Iterator[tuple[str, str]]:
+    """Yield (top-level module, docstring) from the sources of the modules in `GROUPS`, files in sorted order."""
+    modules = {module for group in GROUPS.values() for module in group}
+    for path in sorted(stdlib.rglob("*.py")):
+        parts = path.relative_to(stdlib).parts
+        module = parts[0].removesuffix(".py")
+        if module not in modules or _SKIPPED_FOLDERS.intersection(parts) or parts[-1].startswith("test_"):
+            continue
+        for docstring in _docstrings(path):
+            yield module, docstring
 
 
 def _docstrings(path: Path) -> Iterator[str]:

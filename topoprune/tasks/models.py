@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from topoprune.tasks.embedded_model import embedded_model_path
 from topoprune.tasks.monitor import quiet_libraries
+from topoprune.tasks.task import NewModel
 
 __all__ = [
     "EMBEDDED",
     "calibration_batches",
+    "classification_head",
     "has_tokenizer",
     "load_backbone",
     "load_classifier",
     "load_full",
+    "load_headed",
+    "load_pretrained",
     "load_tokenizer",
     "main_input",
     "model_class",
+    "new_classifier",
+    "new_network",
     "resolve_model",
 ]
 
@@ -56,7 +64,13 @@ def resolve_model(name: str | Path) -> str:
     return text
 
 
-def _load(loader: Callable[..., Any], name: str | Path, **options: Any) -> Any:
+def load_pretrained(loader: Callable[..., Any], name: str | Path, **options: Any) -> Any:
+    """Call a loader (``AutoModel.from_pretrained``) on a folder or hub id.
+
+    Raises:
+        FileNotFoundError: as `resolve_model`.
+        ValueError: unknown id, hub out of reach, or damaged files; says what to do.
+    """
     where = resolve_model(name)
     try:
         with quiet_libraries():
@@ -73,28 +87,93 @@ def _load(loader: Callable[..., Any], name: str | Path, **options: Any) -> Any:
 
 
 def load_classifier(name: str | Path, labels: Sequence[str]) -> Any:
-    """Return a model for sequence classification with a head for these classes.
+    """Return a model for sequence classification with a head for these classes, or for one number (no labels).
+
+    Compacted folders are read too. Where a saved head has another number of classes, a new one takes its place, and
+    a warning says so.
 
     Raises:
-        ValueError: unknown id, hub out of reach, damaged files, or a head with another number of classes.
+        ValueError: unknown id, hub out of reach, or damaged files.
     """
     from transformers import AutoModelForSequenceClassification
 
+    return load_headed(AutoModelForSequenceClassification, name, classification_head(labels))
+
+
+def load_headed(auto_class: Any, name: str | Path, head: Mapping[str, Any]) -> Any:
+    """Return a model under a classification head; see `load_classifier`.
+
+    Args:
+        auto_class: such as ``AutoModelForImageClassification``. name: folder, hub id, or ``"embedded"``.
+        head: from `classification_head`.
+    """
+    from transformers import AutoConfig
+
+    from topoprune.tasks.transfer import is_compacted, load_under
+
+    config = load_pretrained(AutoConfig.from_pretrained, name)
+    saved = next((cls for cls in config.architectures or () if cls.endswith("Classification")), None)
+    other = saved is not None and config.num_labels != head["num_labels"]
+    if not other and not is_compacted(name):
+        return load_pretrained(auto_class.from_pretrained, name, **head)
+    network, new = load_under(name, auto_class, **head)
+    if other:
+        warnings.warn(
+            f"{name} was trained for {config.num_labels} classes, this task has {head['num_labels']}: its head is "
+            f"made anew ({', '.join(new)})",
+            stacklevel=2,
+        )
+    return network
+
+
+def new_classifier(new: NewModel, tokenizer: Any, labels: Sequence[str]) -> Any:
+    """Return a model for sequence classification with random weights, for a tokenizer's vocabulary."""
+    from transformers import AutoModelForSequenceClassification
+
+    from topoprune.tasks.scratch import build_model
+
+    new = replace(new, overrides={**new.overrides, **classification_head(labels)})
+    return build_model(new, AutoModelForSequenceClassification, tokenizer)
+
+
+def new_network(new: NewModel, auto_class: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a model of random weights that reads no text.
+
+    Args:
+        new: type and configuration. auto_class: such as ``AutoModelForImageClassification``.
+        fields: of its configuration, beside those of `new`.
+
+    Raises:
+        ValueError: an unknown type, one that the class does not make, or sizes that do not fit.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(new.model_type, **new.overrides, **fields)
+        return auto_class.from_config(config)
+    except Exception as error:  # transformers checks sizes in many ways, by assertions too
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        raise ValueError(f"cannot build a {new}: {first}") from error
+
+
+def classification_head(labels: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a config that describe a classification head."""
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
     id2label = dict(enumerate(labels))
-    return _load(
-        AutoModelForSequenceClassification.from_pretrained,
-        name,
-        num_labels=len(labels),
-        id2label=id2label,
-        label2id={label: index for index, label in id2label.items()},
-    )
+    return {
+        "num_labels": len(labels),
+        "id2label": id2label,
+        "label2id": {label: index for index, label in id2label.items()},
+        "problem_type": "single_label_classification",
+    }
 
 
 def load_backbone(name: str | Path) -> Any:
     """Return the bare model without a task head, in eval mode; ValueError as `load_classifier`."""
     from transformers import AutoModel
 
-    return _load(AutoModel.from_pretrained, name).eval()
+    return load_pretrained(AutoModel.from_pretrained, name).eval()
 
 
 def model_class(name: str | Path) -> tuple[type[Any] | None, Any]:
@@ -108,7 +187,7 @@ def model_class(name: str | Path) -> tuple[type[Any] | None, Any]:
     """
     import transformers
 
-    config = _load(transformers.AutoConfig.from_pretrained, name)
+    config = load_pretrained(transformers.AutoConfig.from_pretrained, name)
     if getattr(config, "topoprune", None) is not None:
         return None, config
     names = getattr(config, "architectures", None) or ()
@@ -163,8 +242,8 @@ def load_full(name: str | Path, *, dtype: str = "auto") -> Any:
     if cls is None:
         from topoprune.compaction.loading import load
 
-        return _load(load, name, dtype=dtype).eval()
-    model, info = _load(cls.from_pretrained, name, dtype=dtype, output_loading_info=True)
+        return load_pretrained(load, name, dtype=dtype).eval()
+    model, info = load_pretrained(cls.from_pretrained, name, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -178,7 +257,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """Return the tokenizer, with the end-of-text token as padding where it has none."""
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -14,7 +14,7 @@ from topoprune.files import atomic_path
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Interrupted", "RunResult", "heads_text", "json_ready", "results_table", "write_json"]
+__all__ = ["Interrupted", "RunResult", "figure", "heads_text", "json_ready", "results_table", "write_json"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,7 +31,7 @@ class RunResult:
 
     Args:
         method: ``"dense"``, ``"neuroprune"`` or ``"budget"``.
-        score: accuracy on validation, in [0, 1]. floor: that of always answering the commonest class.
+        score: the main metric on validation. floor: that of the simplest answer, such as the commonest class.
         f1: F1 of class 1 for binary tasks, else None.
         zeros, removable, gatherable: shares of the attention and FFN weights, see `Sparsity`.
         heads: heads (or KV groups) that stay, by attention layer. heads_total: as built.
@@ -47,6 +47,9 @@ class RunResult:
         model, data: what was trained, on what. output_dir: where everything lies.
         seed: of everything random. device: where it ran. resumed: continued from a checkpoint.
         files: what was written, by kind.
+        task: name of the task. kind: ``"classification"``, ``"regression"``, ``"translation"``, ...
+        metric: name of the main metric. higher_is_better: of the main metric.
+        metrics: all of them. floors: those of the simplest answer.
     """
 
     method: str
@@ -80,6 +83,12 @@ class RunResult:
     thetas: Mapping[str, float] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    task: str = ""
+    kind: str = "classification"
+    metric: str = "accuracy"
+    higher_is_better: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    floors: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description (nan becomes null)."""
@@ -105,13 +114,28 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def results_table(results: Sequence[RunResult], title: str | None = None) -> Table:
-    """Return a table for `rich`, one row a run; seconds are relative to the dense run if there is one."""
+    """Return a table for `rich`, one row a run; seconds are relative to the dense run if there is one.
+
+    The column of scores bears the name of the main metric, where all runs have the same.
+    """
     from rich.table import Table
+
+    names = {result.metric for result in results}
+    metric = names.pop() if len(names) == 1 else "score"
 
     dense = next((result for result in results if result.method == "dense"), None)
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("method", style="bold", no_wrap=True)
-    for name in ("accuracy", "zeros", "removable", "heads kept by layer", "MLP sd", "time", "solver", "gap"):
+    for name in (
+        metric.replace("_", " "),
+        "zeros",
+        "removable",
+        "heads kept by layer",
+        "MLP sd",
+        "time",
+        "solver",
+        "gap",
+    ):
         left = name in ("heads kept by layer", "solver")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "solver")
     for result in results:
@@ -120,7 +144,7 @@ def results_table(results: Sequence[RunResult], title: str | None = None) -> Tab
             relative += f" ({result.seconds / dense.seconds:.2f}x)"
         table.add_row(
             result.method,
-            f"{result.score:.3f}",
+            figure(result.score),
             f"{result.zeros:.1%}",
             f"{result.removable:.1%}",
             heads_text(result),
@@ -130,6 +154,16 @@ def results_table(results: Sequence[RunResult], title: str | None = None) -> Tab
             "-" if result.gap is None else f"{result.gap:.1%}",
         )
     return table
+
+
+def figure(value: float) -> str:
+    """Return a metric with as many digits as it is worth: shares with three, perplexities and BLEU with one or two.
+
+    >>> figure(0.8312), figure(31.2041), figure(1234.5)
+    ('0.831', '31.20', '1234.5')
+    """
+    size = abs(value)
+    return f"{value:.3f}" if size < 10 else f"{value:.2f}" if size < 100 else f"{value:.1f}"
 
 
 def heads_text(result: RunResult) -> str:

@@ -64,27 +64,29 @@ class RunFolder:
             ValueError: nothing to resume, resumed settings differ, or a new run would mix with an
                 interrupted one.
         """
+        from topoprune.train.callback import STATE_FILE
+        from topoprune.train.checkpoint import newest_checkpoint
+
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other")
         folder = writable_folder(path)
         if overwrite:
             cls(folder, settings).finish()
-        checkpoints = sorted(
-            (p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()),
-            key=lambda p: int(p.name.rpartition("-")[2]),
-        )
+        # Without the pruner's state a pruned run could not go on; but a checkpoint of any run stops a new one.
+        holds = (STATE_FILE,) if resume and settings.get("recipe") is not None else ()
+        newest = newest_checkpoint(folder, holds=holds)
         settings = json_ready(settings)
         if not resume:
-            if checkpoints:
+            if newest is not None:
                 raise ValueError(
-                    f"{folder} holds {checkpoints[-1].name} of an interrupted run; add --resume to go on, "
+                    f"{folder} holds {newest.name} of an interrupted run; add --resume to go on, "
                     "--overwrite to start anew, or choose another --output-dir"
                 )
             for stale in ("result.json", "plan.npz"):  # of an earlier run: they would belie this one
                 (folder / stale).unlink(missing_ok=True)
             write_json(folder / _RUN_FILE, {"settings": settings, "seconds": 0.0})
             return cls(folder, settings)
-        if not checkpoints:
+        if newest is None:
             done = " (the run there is complete)" if (folder / "result.json").is_file() else ""
             raise ValueError(f"nothing to resume: no checkpoint in {folder}{done}; start without --resume")
         before = _read_run(folder)
@@ -92,10 +94,10 @@ class RunFolder:
         if differing:
             name, was, now = differing[0]
             raise ValueError(
-                f"cannot resume {checkpoints[-1]}: {name} was {was!r}, now it is {now!r}; resume with the settings "
+                f"cannot resume {newest}: {name} was {was!r}, now it is {now!r}; resume with the settings "
                 "of the interrupted run"
             )
-        return cls(folder, settings, str(checkpoints[-1]), float(before.get("seconds", 0.0)))
+        return cls(folder, settings, str(newest), float(before.get("seconds", 0.0)))
 
     def record_stop(self, step: int, seconds: float) -> Path:
         """Note the time spent so far; return the checkpoint of the step."""

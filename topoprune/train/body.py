@@ -62,7 +62,14 @@ class Body:
         if not self.shrunk:
             return plan
         solutions = {
-            name: replace(s, keep=s.keep[self.live[name]], dominator=None, dominator_distance=None, bound=None)
+            name: replace(
+                s,
+                keep=s.keep[self.live[name]],
+                dominator=None,
+                dominator_distance=None,
+                importance=None,
+                bound=None,
+            )
             for name, s in plan.unit_solutions().items()
             if name in self.now
         }

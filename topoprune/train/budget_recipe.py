@@ -77,7 +77,8 @@ class BudgetRecipe:
             threshold whose dominating set fits) or ``"quadratic"`` (quadratic subset on the Gram matrix).
         neurons_by: ``"attachment"`` (energy with preferential attachment), ``"quadratic"``, ``"repaired"``
             (inverse-Gram elimination: the damage that is left after repair) or ``"domination"`` (soft domination on
-            a similarity graph of the neurons).
+            the graph of every neuron's 32 nearest by output). The last two are meant for ``repair="all"``, by which
+            the neurons that stay take over from those that go; all but the first collect whole moments.
         input_dims: share of each attention's input dimensions to zero besides. They can be gathered, not
             removed, so they do not count towards a budget.
         input_group: input dimensions are zeroed in blocks of so many neighbours.
@@ -86,9 +87,10 @@ class BudgetRecipe:
             decision (``"stepwise"``).
         solves: number of decisions along the ramp.
         regrow: score by which units that are gone may return, or None: ``"gradient"`` (magnitude of their
-            accumulated gradients).
-        regrow_share: of the units that are gone, how many may return at a decision at most, in [0, 1).
-        freeze_at: share of training after which no unit returns; default: the end of the ramp.
+            accumulated gradients: of the loss by a gate on the unit, see `topoprune.train.regrowth`).
+        regrow_share: of the units of a site that are gone, how many may return at a decision at most, in [0, 1);
+            rounded down, so 0.1 brings back neurons, and heads where 10 of a layer are gone.
+        freeze_at: share of training from which on no unit returns; default: the end of the ramp.
         attachment: strength of preferential attachment in the scores of neurons, input
             dimensions and edges, in units of the mean score.
         eq1: reading of Eq. 1 that gives the degree cost.
@@ -96,7 +98,8 @@ class BudgetRecipe:
             last decision; default: as `repair`.
         ridge: of the repair, relative to the mean of the moment's diagonal.
         tokens_per_unit: calibration tokens from training forwards, per input feature.
-        solver: registry name of the soft-domination solver for heads.
+        solver: registry name of the solver for heads, one that takes the problem of `heads_by`. ``"exact"`` means
+            local search where ``"quadratic"`` decides on more than 24 heads of a layer.
         rounding: in the end keep a number of features (units times their width) in every site that is a
             multiple of this (8, 16, 32, ...), as fast matrix kernels like it. At least `sparsity` is then removed,
             and less than one such multiple more. `heads` must allow for it.

@@ -9,11 +9,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from topoprune.masks import unwrap
 from topoprune.train.body import Body
 from topoprune.train.checkpoint import load_state, save_state
+from topoprune.train.distillation import snapshot
+from topoprune.train.fixed import FixedPlanRecipe
 from topoprune.train.pruner import Pruner, SolveEvent, live_of_state, sites_of_state
 from topoprune.train.recipe import BudgetRecipe, NeuroPruneRecipe
 
@@ -30,7 +33,7 @@ class TopoPruneCallback(TrainerCallback):
     come before this callback (TensorBoard, W&B) see them too after `lead(trainer)`.
 
     Args:
-        recipe: from `Recipe.neuroprune` or `Recipe.budget`.
+        recipe: from `Recipe.neuroprune`, `Recipe.budget` or `Recipe.fixed`.
         seed: for solvers that draw random numbers.
         resume_from: checkpoint folder to take the pruner state from, if training resumes from
             somewhere other than ``output_dir/checkpoint-<step>``.
@@ -38,26 +41,35 @@ class TopoPruneCallback(TrainerCallback):
             model. To resume, give the checkpoint here (`resume_from`), so that the dense model the Trainer was
             made with takes its shapes, or give the Trainer ``topoprune.load(checkpoint)`` as its model. On several
             processes call `lead(trainer)` too.
+        teacher: the dense model to learn from, where the recipe says ``distill`` (see `Pruner`). Default: a frozen
+            copy of the model the Trainer is made with, taken then, so it should be fine-tuned already. A resumed
+            run finds it again by making the Trainer with the same model as before.
     """
 
     def __init__(
         self,
-        recipe: NeuroPruneRecipe | BudgetRecipe,
+        recipe: NeuroPruneRecipe | BudgetRecipe | FixedPlanRecipe,
         *,
         seed: int = 0,
         resume_from: str | None = None,
         compact: bool = False,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.recipe, self.seed, self.resume_from, self.compact = recipe, seed, resume_from, compact
+        self.teacher = teacher
+        self._dense: nn.Module | None = None  # the copy that teaches by default
         self.pruner: Pruner | None = None
         self._news: SolveEvent | None = None
+        self._saved = -1  # step of the newest checkpoint with our state
         self._trainer: Any = None
 
     def lead(self, trainer: Any) -> TopoPruneCallback:
         """Move this callback before the Trainer's reporters, so that they see its figures."""
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
-        callbacks.insert(0, self)
+        # Behind the one that says when to save: this callback writes its state before the Trainer does.
+        flow = [i for i, known in enumerate(callbacks) if isinstance(known, DefaultFlowCallback)]
+        callbacks.insert(flow[0] + 1 if flow else 0, self)
         self._trainer = trainer
         return self
 
@@ -68,6 +80,8 @@ class TopoPruneCallback(TrainerCallback):
         """
         folder = self.resume_from or args.resume_from_checkpoint
         model = kwargs.get("model")
+        if model is not None and self.teacher is None and getattr(self.recipe, "distill", None) is not None:
+            self._dense = snapshot(model)
         if self.compact and model is not None and isinstance(folder, str) and (Path(folder) / STATE_FILE).is_file():
             saved = load_state(Path(folder) / STATE_FILE)
             sites = sites_of_state(saved)
@@ -93,6 +107,7 @@ class TopoPruneCallback(TrainerCallback):
             steps_per_epoch=per_epoch,
             seed=self.seed,
             compact=self.compact,
+            teacher=self._dense if self.teacher is None else self.teacher,
             resume=load_state(self._state_path(args, state)) if state.global_step > 0 else None,
         )
         self.pruner.on_solve = self._remember
@@ -119,10 +134,34 @@ class TopoPruneCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for a log after a decision."""
+        """Ask for a log after a decision; write the state where a checkpoint is about to be."""
         if self._news is not None:
             control.should_log = True
+        if control.should_save:
+            self._save(args, state)
         return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the state where a checkpoint is about to be."""
+        if control.should_save:
+            self._save(args, state)
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Write the state first of all: the Trainer's own file comes last and makes the checkpoint complete.
+
+        Otherwise a kill between the two would leave a checkpoint that cannot be resumed, with the one before it
+        deleted already (``save_total_limit=1``).
+        """
+        if self.pruner is None or self._saved == state.global_step:
+            return
+        told = self.pruner.state_dict()  # on all ranks
+        self._saved = state.global_step
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_state(told, folder / STATE_FILE)
 
     def on_log(
         self,
@@ -141,6 +180,8 @@ class TopoPruneCallback(TrainerCallback):
             "topoprune/removable": round(figures.removable, 6),
             "topoprune/heads": sum(kept for name, (kept, _) in figures.kept.items() if name.endswith("attention")),
         }
+        parts = self.pruner.distilled
+        extra |= {f"topoprune/{name}_loss": round(float(part), 6) for name, part in parts.items()}
         if self._news is not None:
             event, self._news = self._news, None
             extra["topoprune/gap"] = event.gap
@@ -150,10 +191,8 @@ class TopoPruneCallback(TrainerCallback):
             state.log_history[-1].update(extra)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the pruner's state into the checkpoint just made."""
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if self.pruner is not None and folder.is_dir() and state.is_world_process_zero:
-            save_state(self.pruner.state_dict(), folder / STATE_FILE)
+        """Write the pruner's state into the checkpoint just made, if it was not known before that it would be."""
+        self._save(args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

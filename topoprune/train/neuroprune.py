@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from topoprune.extraction import extract
 from topoprune.graph import Graph, Site
 from topoprune.planning import Plan, resolve_theta
 from topoprune.repair import merged_weights
+from topoprune.sharding import is_sharded, local, local_part, weights_of, whole, write
 from topoprune.sparsity import row_view
 from topoprune.train.body import Body
-from topoprune.train.decision import Decision, expand
+from topoprune.train.decision import Decision, Draft, Job, expand
+from topoprune.train.lag import solved
 from topoprune.train.penalties import (
     Scratch,
     attachment_weights,
@@ -27,7 +30,7 @@ from topoprune.train.penalties import (
     weighted_l1_gradient,
 )
 from topoprune.train.recipe import NeuroPruneRecipe
-from topoprune_solvers import DominatingSet, best_bound
+from topoprune_solvers import DominatingSet, Solution, Status, best_bound
 from topoprune_solvers import solve as solve_problem
 
 __all__ = ["NeuroPruneDriver"]
@@ -47,7 +50,7 @@ class NeuroPruneDriver:
         self._clock = clock
         self.body, self.model, self.sites, self.recipe = body, body.model, body.sites, recipe
         model, sites = body.model, body.sites
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.attention = [site for site in sites if site.kind in ("head", "kv_group")]
         if recipe.merge == "paper":
             # Dry run with every head pruned into the first: refuses here, before training, what it cannot do.
@@ -82,16 +85,14 @@ class NeuroPruneDriver:
         scale = getattr(optimizer, "grad_scale", None)
         factor = 1.0 if scale is None else float(scale)
         for rows in self._groups:
-            for (parameter, axis), slope in zip(rows, group_sqrt_gradient(_views(rows)), strict=True):
-                if parameter.grad is not None:
-                    row_view(parameter.grad, axis).add_(slope, alpha=self.recipe.alpha * factor)
+            for pair, slope in zip(rows, group_sqrt_gradient(_views(rows)), strict=True):
+                _add_to_gradient(pair, slope, self.recipe.alpha * factor)
         for rows in self._rows:
             parts = _views(rows)
             weights = attachment_weights(parts, self.recipe.epsilon, self.recipe.eq1, scratch=self._scratch)
-            for (parameter, axis), part in zip(rows, parts, strict=True):
-                if parameter.grad is not None:
-                    slope = weighted_l1_gradient(part, weights)
-                    row_view(parameter.grad, axis).add_(slope, alpha=self.recipe.beta * factor)
+            for pair, part in zip(rows, parts, strict=True):
+                if pair[0].grad is not None:
+                    _add_to_gradient(pair, weighted_l1_gradient(part, weights), self.recipe.beta * factor)
 
     @torch.no_grad()
     def after_step(self, learning_rates: Mapping[nn.Parameter, float]) -> None:
@@ -101,50 +102,62 @@ class NeuroPruneDriver:
         for rows in self._groups:
             strength = self._step(rows[0][0], learning_rates) * self.recipe.alpha
             if strength:
-                prox_group_sqrt(_views(rows), strength, scratch=self._scratch)
+                parts = _views(rows)
+                prox_group_sqrt(parts, strength, scratch=self._scratch)
+                _write_back(rows, parts)
         for rows in self._rows:
             strength = self._step(rows[0][0], learning_rates) * self.recipe.beta
             if strength:
                 parts = _views(rows)
                 weights = attachment_weights(parts, self.recipe.epsilon, self.recipe.eq1, scratch=self._scratch)
                 prox_weighted_l1(parts, weights.mul_(strength), self._scratch)
+                _write_back(rows, parts)
 
     def _step(self, parameter: nn.Parameter, learning_rates: Mapping[nn.Parameter, float]) -> float:
         if parameter not in learning_rates:
             return 0.0  # frozen: not trained, so not penalised either
         return learning_rates[parameter] if self.recipe.prox_scale == "lr" else 1.0
 
+    def last_decision(self) -> int:
+        """Return the step of the last decision; 0 if the length of training is not known."""
+        return self.total_steps // self.steps_per_epoch * self.steps_per_epoch
+
+    def lag(self, step: int) -> int:
+        """Return how many steps after `step` its decision is applied; 0 where training would end before."""
+        lag = self.recipe.solve_lag
+        return lag if step + lag <= self.total_steps else 0
+
     def decide(self, step: int, plan: Plan, seed: int) -> Decision:
         """Alg. 2 and 3 on the live heads of every attention layer, with the paper's merge."""
+        return self.finish(solved(self.draft(step, plan, seed), self._clock), plan)
+
+    def draft(self, step: int, plan: Plan, seed: int, *, beside: bool = False) -> Draft:
+        """Extract the graphs of all heads (Alg. 2); they are copies in any case."""
         started = self._clock()
         heads = self.body.of_kind("head", "kv_group")
         graph = extract(self.model, measure="weights-linf", sites=heads, include=("heads",), digest_weights=False)
-        extracted = self._clock()
-        solutions, thetas, fresh = dict(plan.solutions), {}, {}
+        draft, jobs = Draft(step, {}), []
         for site in self.attention:
             live = np.flatnonzero(plan.keep(site.name))
             at = self.body.positions(site.name, live)
-            distance = graph.redundancy[site.name].to_dense()[np.ix_(at, at)]
-            alive = Graph.from_dense(distance)
-            thetas[site.name] = resolve_theta(self.recipe.theta, alive)
-            near = alive.at_most(thetas[site.name])
-            problem = DominatingSet(near.indptr, near.indices, near.weight)
-            solution = solve_problem(problem, "neuroprune", seed=seed)
-            # Alg. 3 says nothing about its own quality; the exact solver (microseconds here) does.
-            bounds = [solution.bound, solve_problem(problem, "exact", time_limit=1.0, seed=seed).bound]
-            solution = replace(solution, bound=best_bound("min", bounds))
-            solutions[site.name] = expand(solution, live, site.n_units, plan.solutions.get(site.name))
-            fresh[site.name] = expand(solution, live, site.n_units, None)
-        solved = self._clock()
-        new = Plan(self.sites, solutions, request={**self.recipe.to_dict(), "step": step, "thetas": thetas})
+            alive = Graph.from_dense(graph.redundancy[site.name].to_dense()[np.ix_(at, at)])
+            draft.thetas[site.name] = resolve_theta(self.recipe.theta, alive)
+            near = alive.at_most(draft.thetas[site.name])
+            jobs.append(Job(site.name, partial(_dominate, site, near, live, plan.solutions.get(site.name), seed)))
+        draft.request, draft.jobs = {**self.recipe.to_dict(), "step": step, "thetas": draft.thetas}, jobs
+        draft.seconds["extract"] = self._clock() - started
+        return draft
+
+    def finish(self, draft: Draft, before: Plan) -> Decision:
+        """Merge, on today's weights, what goes now."""
+        started = self._clock()
+        plan = draft.plan(before)
         # Only heads that go now are merged: the columns of those gone before were handed over then.
+        fresh = {name: _going(plan.solutions[name], before.keep(name)) for name in draft.solutions}
         # The paper's merge speaks of FFN columns by head, so heads keep the numbers they had in the beginning.
         around = (*self.attention, *self.body.of_kind("neuron"))
-        changed = merged_weights(self.model, around, Plan(self.sites, fresh), self.recipe.merge, {})
-        done = self._clock()
-        return Decision(
-            new, changed, thetas, {"extract": extracted - started, "solve": solved - extracted, "repair": done - solved}
-        )
+        changed = merged_weights(weights_of(self.model), around, Plan(self.sites, fresh), self.recipe.merge, {})
+        return Decision(plan, changed, draft.thetas, {**draft.seconds, "repair": self._clock() - started})
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing beyond the plan and the step."""
@@ -154,11 +167,46 @@ class NeuroPruneDriver:
         """Nothing to restore."""
 
 
+def _dominate(site: Site, near: Graph, live: np.ndarray, previous: Solution | None, seed: int) -> dict[str, Solution]:
+    """Alg. 3 on the live heads of one site."""
+    problem = DominatingSet(near.indptr, near.indices, near.weight)
+    solution = solve_problem(problem, "neuroprune", seed=seed)
+    # Alg. 3 says nothing about its own quality; the exact solver (microseconds here) does.
+    bounds = [solution.bound, solve_problem(problem, "exact", time_limit=1.0, seed=seed).bound]
+    solution = replace(solution, bound=best_bound("min", bounds))
+    return {site.name: expand(solution, live, site.n_units, previous)}
+
+
+def _going(solution: Solution, kept_before: np.ndarray) -> Solution:
+    """Return a solution in which the units that were gone before count as kept."""
+    assert solution.dominator is not None
+    own = np.arange(kept_before.size, dtype=np.int32)
+    return replace(
+        solution,
+        keep=solution.keep | ~kept_before,
+        dominator=np.where(kept_before, solution.dominator, own),
+        dominator_distance=None,
+    )
+
+
 Rows = list[tuple[nn.Parameter, int]]  # matrices that share rows, each with the axis the rows lie on
 
 
 def _views(rows: Rows) -> list[torch.Tensor]:
-    return [row_view(parameter.detach(), axis) for parameter, axis in rows]
+    """Return the matrices, rows first; gathered copies of sharded ones, to `_write_back`."""
+    return [row_view(whole(parameter.detach()), axis) for parameter, axis in rows]
+
+
+def _write_back(rows: Rows, parts: list[torch.Tensor]) -> None:
+    for (parameter, axis), part in zip(rows, parts, strict=True):
+        if is_sharded(parameter):
+            write(parameter, row_view(part, axis))
+
+
+def _add_to_gradient(pair: tuple[nn.Parameter, int], slope: torch.Tensor, factor: float) -> None:
+    parameter, axis = pair
+    if parameter.grad is not None:
+        local(parameter.grad).add_(local_part(row_view(slope, axis), parameter.grad), alpha=factor)
 
 
 def _attachment_rows(model: nn.Module, sites: Iterable[Site]) -> Iterable[Rows]:
@@ -178,8 +226,6 @@ def _group_rows(model: nn.Module, sites: Iterable[Site]) -> Iterable[Rows]:
 
 
 def _everything_into_first(sites: tuple[Site, ...], attention: Sequence[Site]) -> Plan:
-    from topoprune_solvers import Solution, Status
-
     solutions = {}
     for site in attention:
         keep = np.zeros(site.n_units, dtype=bool)

@@ -12,6 +12,8 @@ from topoprune.planning import resolve_theta
 from topoprune.repair import Merge
 from topoprune.train.budget_recipe import BudgetRecipe, Distillation
 from topoprune.train.checks import check_strengths, one_of
+from topoprune.train.fixed import FixedPlanRecipe, fixed_plan
+from topoprune.train.presets import balanced, best, fast, preset
 
 __all__ = ["BudgetRecipe", "Distillation", "NeuroPruneRecipe", "Recipe"]
 
@@ -31,6 +33,9 @@ class NeuroPruneRecipe:
             (the paper's form: subgradients join the loss gradient before the step).
         prox_scale: proximal step = lr * strength (``"lr"``) or strength (``"absolute"``).
         merge: ``"paper"`` (FFN input columns of a dominated head join its dominator's) or ``"none"``.
+        solve_lag: optimizer steps between the end of the epoch that heads are compared at and the step they are
+            pruned after; the solver runs beside training meanwhile. Where training would end before, heads are
+            pruned at once. Needs ``total_steps``.
 
     Raises:
         ValueError: a negative or non-finite number, or an unknown choice.
@@ -47,9 +52,12 @@ class NeuroPruneRecipe:
     penalty: Literal["proximal", "loss"] = "proximal"
     prox_scale: Literal["lr", "absolute"] = "lr"
     merge: Merge = "paper"
+    solve_lag: int = 0
 
     def __post_init__(self) -> None:
         check_strengths(self, "alpha", "beta", "epsilon")
+        if self.solve_lag < 0:
+            raise ValueError(f"solve_lag is {self.solve_lag!r}; expected optimizer steps >= 0")
         resolve_theta(self.theta, Graph.from_edges(2, np.array([[0, 1]])))  # form and sign only
         one_of("eq1", self.eq1, ("a", "b"))
         one_of("penalty", self.penalty, ("proximal", "loss"))
@@ -67,20 +75,31 @@ class NeuroPruneRecipe:
 
 
 class Recipe:
-    """The two ways to prune while training; both give frozen configuration for a `Pruner`.
+    """The ways to prune while training; all give frozen configuration for a `Pruner`.
+
+    `fixed` holds a plan that was made before: to fine-tune a pruned model further or on another task.
+
+    `fast`, `balanced` and `best` are ready-made budget recipes, in rising cost; `preset` finds them by name.
 
     Example:
         >>> Recipe.budget(0.5).sparsity
         0.5
+        >>> Recipe.balanced(0.5).allocation
+        'output-kl'
         >>> Recipe.neuroprune(alpha=1e-5, beta=1e-5, theta=0.15, penalty="loss").faithful
         True
     """
 
     neuroprune = NeuroPruneRecipe
     budget = BudgetRecipe
+    fast = staticmethod(fast)
+    balanced = staticmethod(balanced)
+    best = staticmethod(best)
+    preset = staticmethod(preset)
+    fixed = staticmethod(fixed_plan)
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> NeuroPruneRecipe | BudgetRecipe:
+    def from_dict(data: dict[str, Any]) -> NeuroPruneRecipe | BudgetRecipe | FixedPlanRecipe:
         """Rebuild a recipe from its `to_dict`; ValueError for an unknown method."""
         fields = dict(data)
         method = fields.pop("method", None)
@@ -88,4 +107,6 @@ class Recipe:
             return NeuroPruneRecipe(**fields)
         if method == "budget":
             return BudgetRecipe(**fields)
-        raise ValueError(f"unknown method {method!r}; expected 'neuroprune' or 'budget'")
+        if method == "fixed":
+            return FixedPlanRecipe.from_dict(fields)
+        raise ValueError(f"unknown method {method!r}; expected 'neuroprune', 'budget' or 'fixed'")
