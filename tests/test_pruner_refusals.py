@@ -61,7 +61,7 @@ def test_a_bad_recipe_names_the_value(case: str) -> None:
         (Recipe.budget(0.1, heads=0), {"total_steps": 9}, "keeping 0 heads already removes"),
         (Recipe.budget(0.9, heads=8), {"total_steps": 9}, "cannot be reached: with 8 heads"),
         (Recipe.budget(heads=9), {"total_steps": 9}, "heads=9 asks for more heads than exist: this model has 8"),
-        ("budget", {"total_steps": 9}, r"recipe is 'budget'; use Recipe\.neuroprune"),
+        ("budget", {"total_steps": 9}, r"recipe is 'budget'; use Recipe\.budget"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(recipe: Any, more: dict[str, Any], message: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tests.prunertools import batch_of
 from tests.tiny import build
 from topoprune import Pruner, Recipe
 from topoprune.sharding import local, sharded, whole
-from topoprune.train.distributed import plan_digest
+from topoprune.train.distributed import plan_digest, state_of_ranks
 
 RANKS, STEPS, EPOCH = 2, 8, 4
 # So many tokens are asked for that all of every window's are used: one process and two see the same.
@@ -61,7 +63,10 @@ def loop(wrapped: nn.Module, optimizer: Any, pruner: Pruner, batches: Any, backw
         optimizer.step()
         for name, keep in pruner.handle.masks().items():
             parameter = pruner.model.get_parameter(name)
-            held = [parameter, *(v for v in optimizer.state[parameter].values() if torch.is_tensor(v) and v.shape == parameter.shape)]
+            held = [
+                parameter,
+                *(v for v in optimizer.state[parameter].values() if torch.is_tensor(v) and v.shape == parameter.shape),
+            ]
             if len(pruner.history) == decided:  # gradients of what goes now were not masked yet
                 held.append(parameter.grad)
             zero &= all(bool((local(tensor)[~keep] == 0).all()) for tensor in held)
@@ -116,10 +121,60 @@ def _train(rank: int, kind: str, recipe: str) -> dict[str, Any]:
         wrapped = model
     else:
         wrapped = nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp2" and recipe == "budget":
+        with pytest.raises(ValueError, match="compact=True cannot cut parameters that are sharded over ranks"):
+            Pruner(wrapped, RECIPES[recipe], compact=True, **settings)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.02, momentum=0.9)
     pruner = Pruner(wrapped, RECIPES[recipe], **settings).attach(optimizer)
+    if kind == "astray":
+        return _go_astray(rank, model, optimizer, pruner, batches)
+    if kind == "resumed":
+        return _resume(rank, model, wrapped, optimizer, pruner, batches, settings)
     assert sharded(model) == (kind == "fsdp2")
     return loop(wrapped, optimizer, pruner, batches)
+
+
+def _go_astray(rank: int, model: nn.Module, optimizer: Any, pruner: Pruner, batches: Any) -> dict[str, Any]:
+    """Rank 1 changes a weight on its own before the first decision; every rank is to hear of it."""
+    if rank == 1:
+        with torch.no_grad():
+            model.bert.pooler.dense.weight[0, 0] += 1.0
+    try:
+        loop(model, optimizer, pruner, batches)
+    except RuntimeError as error:
+        return {"error": str(error), "step": pruner.step}
+    return {"error": "", "step": pruner.step}
+
+
+def _resume(
+    rank: int, model: nn.Module, wrapped: nn.Module, optimizer: Any, pruner: Pruner, batches: Any, settings: Any
+) -> dict[str, Any]:
+    """Save in the middle of a window, go on to the end; then go on from the saved state: the same, bit for bit."""
+    finals = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        wrapped(**batches(step)).loss.backward()
+        optimizer.step()
+        if step == 5:
+            sent = [pruner.state_dict()]  # on all ranks; that of rank 0 is what a checkpoint holds
+            torch.distributed.broadcast_object_list(sent, src=0)
+            saved = {key: value.clone() for key, value in model.state_dict().items()}
+            momenta = copy.deepcopy(optimizer.state_dict())
+    finals.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    pruner.close()
+    again = model_without_dropout(seed=5)
+    replica = nn.parallel.DistributedDataParallel(again)
+    fresh = torch.optim.SGD(replica.parameters(), lr=0.02, momentum=0.9)
+    again.load_state_dict(saved)
+    fresh.load_state_dict(momenta)
+    resumed = Pruner(replica, pruner.recipe, resume=sent[0], **settings).attach(fresh)
+    for step in range(6, STEPS):
+        fresh.zero_grad()
+        replica(**batches(step)).loss.backward()
+        fresh.step()
+    finals.append({name: p.detach().clone() for name, p in again.named_parameters()})
+    same = all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+    return {"same": same, "ranks": sorted(sent[0]["driver"]["ranks"]), "plan": plan_digest(resumed.plan)}
 
 
 def _train_accelerate(recipe: str, model: nn.Module, batches: Any, settings: Any) -> dict[str, Any]:
@@ -139,10 +194,13 @@ KINDS = [
 ]
 
 
+OTHERS = [("astray", "neuroprune"), ("resumed", "budget")]
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_rank, args=(free_port(), str(folder), KINDS), nprocs=RANKS, start_method="spawn")
+    mp.start_processes(_rank, args=(free_port(), str(folder), KINDS + OTHERS), nprocs=RANKS, start_method="spawn")
     return folder
 
 
@@ -166,3 +224,24 @@ def test_two_processes_do_what_one_does(kind: str, recipe: str, two_processes: P
     assert first["removable"] == pytest.approx(expected["removable"], abs=1e-6)
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(first["weights"][name], weight, atol=5e-3, rtol=5e-3, msg=name)
+
+
+def test_ranks_that_disagree_fail_loudly_with_their_digests(two_processes: Path) -> None:
+    for rank in range(RANKS):
+        told = torch.load(two_processes / f"astray-neuroprune-{rank}.pt", weights_only=True)
+        assert re.search(
+            r"ranks disagree after the decision of step 4: weights differs \(rank 0 has \w{16}, rank 1 has \w{16}\)",
+            told["error"],
+        )
+        assert told["step"] == 4  # the first decision after it happened
+
+
+def test_a_run_of_two_ranks_resumes_bit_for_bit(two_processes: Path) -> None:
+    first, second = (torch.load(two_processes / f"resumed-budget-{r}.pt", weights_only=True) for r in range(RANKS))
+    assert first["same"] and second["same"]
+    assert first["ranks"] == ["0", "1"] and first["plan"] == second["plan"]
+
+
+def test_a_state_of_two_ranks_is_refused_by_one() -> None:
+    with pytest.raises(ValueError, match="was written by 2 processes, 1 resume it; use as many as before"):
+        state_of_ranks({"ranks": {"0": {}, "1": {}}})

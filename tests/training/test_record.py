@@ -159,7 +159,8 @@ def test_a_resumed_run_has_the_record_of_the_whole_one() -> None:
     assert bits(again) == bits(model)
     assert RunRecord.of(resumed) == RunRecord.of(pruner)
     old = {name: value for name, value in saved[2].items() if name != "records"}
-    Pruner(build("bert"), recipe, total_steps=8).load_state_dict(old)  # of an earlier version: it just has no record
+    earlier = Pruner(build("bert"), recipe, total_steps=8, resume=old)  # of a version that kept no record
+    assert [step.step for step in RunRecord.of(earlier).steps] == [4]
 
 
 def test_records_survive_their_file_and_say_what_is_wrong_with_it(tmp_path: Path) -> None:

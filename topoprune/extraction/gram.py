@@ -241,7 +241,7 @@ class GramCollector:
         total = self._sums[site.name]
         try:
             # All that is allocated; the sums are untouched until it is there.
-            wide = _squares(x) if site.name in self.diagonal else x.float()
+            wide = _squares(x) if site.name in self.diagonal else _wide(x)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or len(x) <= 1:
                 raise
@@ -281,6 +281,10 @@ def _real_rows(name: str, mask: torch.Tensor | None) -> tuple[torch.Tensor, int]
     if mask.ndim not in (2, 3):  # three axes: (batch, choices, length), which multiple-choice heads flatten
         raise ValueError(f"{name} has shape {tuple(mask.shape)}, expected (batch, length) with 1 for real tokens")
     return (mask.reshape(-1) != 0).nonzero().squeeze(1), mask.numel()
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float()
 
 
 def _squares(x: torch.Tensor) -> torch.Tensor:

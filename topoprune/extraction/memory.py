@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,7 +24,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_cached() -> None:
     """Give memory that is held but not used back to the device."""
-    gc.collect()  # the frames of the failed attempt may hold tensors
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

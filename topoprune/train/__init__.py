@@ -6,11 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 from topoprune.train.pruner import Pruner, SolveEvent
 from topoprune.train.recipe import BudgetRecipe, Distillation, NeuroPruneRecipe, Recipe
+from topoprune.train.record import RunRecord, StepRecord
 
 if TYPE_CHECKING:
     from topoprune.train.callback import TopoPruneCallback
 
-__all__ = ["BudgetRecipe", "Distillation", "NeuroPruneRecipe", "Pruner", "Recipe", "SolveEvent", "TopoPruneCallback"]
+__all__ = [
+    "BudgetRecipe",
+    "Distillation",
+    "NeuroPruneRecipe",
+    "Pruner",
+    "Recipe",
+    "RunRecord",
+    "SolveEvent",
+    "StepRecord",
+    "TopoPruneCallback",
+]
 
 
 def __getattr__(name: str) -> Any:

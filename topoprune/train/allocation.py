@@ -289,8 +289,8 @@ def allocate(
     """Return site name -> units kept, of least total damage by the curves at a cost within the budget.
 
     A knapsack chooses from a grid of counts per site. Then single units (or steps) return where they save most
-    damage for their cost, until none fits. Where heads went that neurons cannot make up for, since they left at
-    an earlier decision, heads return and more neurons go, so that one neuron more would exceed the budget.
+    damage for their cost, until none fits. Where more than a neuron is left of the budget, because heads went that
+    the neurons there are cannot make up for, heads stay and more neurons go.
 
     Args:
         sites: to prune. curves: of each; none: no damage. costs: with the budget.
@@ -387,16 +387,14 @@ class _Filling:
             spent = self.cost(kept)
 
     def short(self, kept: Mapping[str, int]) -> bool:
-        """Whether a step of neurons would fit if it had not gone before."""
-        spent = self.cost(kept)
-        return any(
-            kept[s.name] + self.steps[s.name] <= s.n_units
-            and self.fits(
-                spent + self.tables[s.name][kept[s.name] + self.steps[s.name]] - self.tables[s.name][kept[s.name]]
-            )
+        """Whether what is left of the budget would buy a step of neurons, were there one to give back."""
+        prices = [
+            float(self.tables[s.name][-1]) / s.n_units * self.steps[s.name]
             for s in self.sites
             if s.kind not in ATTENTION
-        )
+        ]
+        gone = any(kept[s.name] < s.n_units for s in self.sites)
+        return gone and bool(prices) and min(prices) > 0 and self.fits(self.cost(kept) + min(prices))
 
     def with_more(self, kept: Mapping[str, int], site: Site) -> dict[str, int] | None:
         """Return counts with one step more of a site, and as many neurons fewer as it takes; None if that fails."""

@@ -118,6 +118,7 @@ class BudgetDriver:
                 self._open(following)
                 self._window_start = step
         elif self._collector.done:
+            self._collector.close()  # without its hooks, and only then, what is compiled now stays as it is
             self._eager.set(False)
         if self._collector is None or step == self._window_start:
             return

@@ -55,7 +55,7 @@ def option_counts(least: int, live: int, step: int = 1) -> list[int]:
     """Return the numbers of units at which a site is measured, rising, `live` left out.
 
     >>> option_counts(1, 12), option_counts(8, 64, 8)
-    ([1, 2, 4, 6, 9, 11], [8, 16, 24, 40, 48, 56])
+    ([1, 2, 4, 7, 9, 11], [8, 16, 24, 40, 48, 56])
     """
     counts = {least + round(share * (live - least) / step) * step for share in OPTIONS}
     return sorted(count for count in counts if least <= count < live)

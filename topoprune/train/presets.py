@@ -72,7 +72,7 @@ def best(sparsity: float | None = None, **fields: Any) -> BudgetRecipe:
     one as well, from its output and its layers.
 
     Cost: besides what `balanced` costs, the dense model's weights in memory and its forward at every step (about
-    1.3 times the time of a step), and a Gram matrix for each FFN at every decision. The teacher is the model as the
+    1.4 times the time of a step), and a Gram matrix for each FFN at every decision. The teacher is the model as the
     `Pruner` gets it: fine-tune it on the task first, or pass ``teacher=``, or say ``distill=None``.
 
     Args: as `fast`. Raises: as `fast`.

@@ -101,7 +101,7 @@ class RunRecord:
         """Return the record of a run so far; works on a closed pruner, as long as its model is there."""
         sites = tuple(HeadSite(s.name, s.stack, s.layer, s.block, s.n_units) for s in _attention(pruner.sites))
         steps = [*pruner.records]
-        if steps[-1].step < pruner.step:
+        if not steps or steps[-1].step < pruner.step:  # none in states of earlier versions
             steps.append(pruner.measure())
         return cls(name, pruner.recipe.to_dict(), pruner.seed, sites, tuple(steps))
 

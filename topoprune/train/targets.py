@@ -259,7 +259,18 @@ def uniform_targets(sites: Sequence[Site], recipe: BudgetRecipe) -> dict[str, in
     steps = {s.name: rounding_step(s, recipe.rounding) if recipe.rounding is not None else 1 for s in sites}
     removed = _head_targets([s for s in sites if s.kind in ATTENTION], recipe, steps)
     if recipe.sparsity is not None:
-        removed |= _neuron_targets(sites, recipe, steps, removed)
+        try:
+            removed |= _neuron_targets(sites, recipe, steps, removed)
+        except ValueError:
+            if recipe.heads is not None:
+                raise
+            # Too few neurons to make up for heads rounded down: one head more goes where there is one.
+            fewer = {
+                s.name: _upto(s, math.ceil(recipe.sparsity * s.n_units), steps[s.name], up=True)
+                for s in sites
+                if s.kind in ATTENTION
+            }
+            removed = fewer | _neuron_targets(sites, recipe, steps, fewer)
     return removed | _inputs(sites, recipe, steps)
 
 
