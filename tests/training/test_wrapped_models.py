@@ -33,7 +33,9 @@ class StandIn(nn.Module):
         return self.base_layer(x)
 
 
-@pytest.mark.parametrize("ask", [find_sites, lambda m: Pruner(m, BUDGET, total_steps=6), extract], ids=["find_sites", "Pruner", "extract"])
+@pytest.mark.parametrize(
+    "ask", [find_sites, lambda m: Pruner(m, BUDGET, total_steps=6), extract], ids=["find_sites", "Pruner", "extract"]
+)
 def test_adapters_are_refused_with_what_to_do(ask: Callable[[nn.Module], Any]) -> None:
     model = build("bert")
     attention = model.bert.encoder.layer[0].attention.self
