@@ -37,7 +37,7 @@ def run(folder: Path, recipe: str, seed: int) -> Any:
     """Train, from the newest complete checkpoint if there is one."""
     torch.set_num_threads(1)
     found = newest_checkpoint(folder, holds=(STATE_FILE,))
-    model = build("bert", seed)  # other weights on resume: all that matters comes from the checkpoint
+    model = build("bert", 0 if found is None else seed)  # on resume all that matters comes from the checkpoint
     run = trainer(model, folder, TopoPruneCallback(RECIPES[recipe]), save_steps=2, save_total_limit=1)
     run.train(resume_from_checkpoint=None if found is None else str(found))
     torch.save(model.state_dict(), folder / "final.pt")
@@ -49,17 +49,28 @@ def _child(folder: Path, recipe: str, seed: int) -> None:
     run(folder, recipe, seed)
 
 
+def _touched(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # the run deletes old ones
+        return None
+
+
 def killed(folder: Path, recipe: str, attempt: int, draw: random.Random) -> bool:
     """Run in a child and kill it at a random moment; True if it was done before."""
-    target = draw.randint(1, STEPS)
-    delay = draw.uniform(0, 0.05)
+    found = newest_checkpoint(folder, holds=(STATE_FILE,))
+    done = 0 if found is None else int(found.name.rpartition("-")[2])
+    target = min(done + draw.randint(1, 4), STEPS - 2)  # so that steps are left when the kill comes
+    delay = draw.uniform(0, 0.03)
+    left = {p: p.stat().st_mtime_ns for p in folder.glob("checkpoint-*")}  # by the one killed before
     process = multiprocessing.get_context("fork").Process(target=_child, args=(folder, recipe, attempt))
     process.start()
     assert process.pid is not None
     deadline = time.monotonic() + 120
     while process.is_alive() and time.monotonic() < deadline:
         # A folder is there as soon as the first byte of a checkpoint is about to be written.
-        if any(int(p.name.rpartition("-")[2]) >= target for p in folder.glob("checkpoint-*")):
+        new = [p.name for p in folder.glob("checkpoint-*") if left.get(p) != _touched(p)]
+        if any(int(name.rpartition("-")[2]) >= target for name in new):
             time.sleep(delay)
             os.kill(process.pid, signal.SIGKILL)
             break
@@ -81,7 +92,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(recipe: str, tmp
         if killed(folder, recipe, attempt, draw):
             break
         kills += 1
-    assert kills
+    assert kills >= 2
     found = newest_checkpoint(folder, holds=(STATE_FILE,))
     final = run(folder, recipe, 7)
     assert bits(final) == bits(straight), f"{kills} kills, resumed from {found}"
