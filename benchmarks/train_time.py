@@ -36,9 +36,9 @@ class Spec:
     examples: int = 12_800
     batch: int = 32
     max_length: int = 64
-    rate: float = 2e-4
+    rate: float = 3e-4
     warmup: float = 0.06
-    ramp: tuple[float, float] = (0.05, 0.45)
+    ramp: tuple[float, float] = (0.05, 0.35)
     solves: int = 6
 
 
