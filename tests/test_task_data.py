@@ -16,6 +16,7 @@ from tests.datafiles import jsonl, load, save_rows, write
 from tests.tinytask import write_task
 from topoprune.tasks import ClassificationData, load_docstrings, load_hub_task
 from topoprune.tasks import docstrings as docstrings_module
+from topoprune.tasks.cache import cache_folder
 from topoprune.tasks.docstrings import GROUPS, in_validation
 from topoprune.tasks.tables import read_table
 
@@ -254,6 +255,6 @@ def test_an_unwritable_cache_is_said_and_survived(
 
 def test_the_cache_folder_follows_the_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert docstrings_module.cache_folder() == tmp_path / "topoprune"
+    assert cache_folder() == tmp_path / "topoprune"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert docstrings_module.cache_folder() == Path.home() / ".cache" / "topoprune"
+    assert cache_folder() == Path.home() / ".cache" / "topoprune"

@@ -50,7 +50,7 @@ def _report() -> dict[str, Any]:
 
     import topoprune_solvers as solvers
     from topoprune import __version__
-    from topoprune.tasks.docstrings import cache_folder
+    from topoprune.tasks.cache import cache_folder
     from topoprune.tasks.embedded_model import embedded_model_path
     from topoprune_solvers.table import problem_types
 

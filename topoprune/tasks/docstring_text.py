@@ -7,14 +7,13 @@ equal words one stays, and of those with equal bodies too.
 
 from __future__ import annotations
 
-import json
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
+from typing import Any
 
-from topoprune.files import atomic_path
-from topoprune.tasks.docstrings import cache_folder, in_validation, stdlib_docstrings, text_key
+from topoprune.tasks.cache import cached
+from topoprune.tasks.docstrings import in_validation, stdlib_docstrings, text_key
 from topoprune.tasks.language_modelling import LanguageModelling
 from topoprune.tasks.seq2seq import Generation, TextPair
 from topoprune.tasks.summarization import Summarization
@@ -44,7 +43,7 @@ def load_docstring_summaries(
 
     Args:
         prefix, max_target_length, num_beams: see `Generation`.
-        cache: folder of the cache file; default `cache_folder()`. use_cache: False neither reads nor writes it.
+        cache: folder of the cache file; default that of `topoprune.tasks.cache`. use_cache: False neither reads nor writes it.
 
     Raises:
         ValueError: this Python has no sources to read, or rouge-score is not installed.
@@ -125,33 +124,16 @@ def collect_texts(stdlib: Path) -> list[str]:
 
 
 def _texts(cache: Path | None, use_cache: bool) -> list[str]:
-    folder = cache_folder() if cache is None else cache
-    version = "-".join(str(part) for part in sys.version_info[:3])
-    path = folder / f"stdlib-text-v{_VERSION}-{sys.implementation.name}-{version}.json"
-    texts = _read_cache(path) if use_cache else None
-    if texts is None:
-        texts = collect_texts(Path(sysconfig.get_path("stdlib")))
-        if use_cache:
-            _write_cache(path, texts)
-    return texts
+    return cached(
+        f"stdlib-text-v{_VERSION}",
+        lambda: collect_texts(Path(sysconfig.get_path("stdlib"))),
+        _accept,
+        folder=cache,
+        use_cache=use_cache,
+    )
 
 
-def _read_cache(path: Path) -> list[str] | None:
-    try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        warnings.warn(f"the cache {path} is not readable ({error}); reading the docstrings again", stacklevel=4)
-        return None
-    usable = isinstance(texts, list) and len(texts) >= _FEWEST_TEXTS and all(isinstance(text, str) for text in texts)
-    return texts if usable else None
-
-
-def _write_cache(path: Path, texts: list[str]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(texts), encoding="utf-8")
-    except OSError as error:
-        warnings.warn(f"cannot write the cache {path} ({error}); going on without it", stacklevel=4)
+def _accept(value: Any) -> list[str] | None:
+    """Return the texts of a cache file, or None if they are not what would be collected."""
+    usable = isinstance(value, list) and len(value) >= _FEWEST_TEXTS and all(isinstance(text, str) for text in value)
+    return value if usable else None

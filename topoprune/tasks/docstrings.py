@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
-import os
 import re
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from topoprune.files import atomic_path
+from topoprune.tasks.cache import cached
 from topoprune.tasks.data import ClassificationData, Example
 
 __all__ = [
     "GROUPS",
-    "cache_folder",
     "collect_docstrings",
     "in_validation",
     "load_docstrings",
@@ -83,20 +81,19 @@ def load_docstrings(*, cache: Path | None = None, use_cache: bool = True) -> Cla
     """Return the embedded task, from the cache or read afresh (a few seconds).
 
     Args:
-        cache: folder of the cache file; default `cache_folder()`.
+        cache: folder of the cache file; default that of `topoprune.tasks.cache`.
         use_cache: False neither reads nor writes it.
 
     Raises:
         ValueError: this Python has no sources to read (e.g. it runs from a zip file).
     """
-    folder = cache_folder() if cache is None else cache
-    version = "-".join(str(part) for part in sys.version_info[:3])
-    path = folder / f"stdlib-docs-v{_VERSION}-{sys.implementation.name}-{version}.json"
-    rows = _read_cache(path) if use_cache else None
-    if rows is None:
-        rows = collect_docstrings(Path(sysconfig.get_path("stdlib")))
-        if use_cache:
-            _write_cache(path, rows)
+    rows = cached(
+        f"stdlib-docs-v{_VERSION}",
+        lambda: collect_docstrings(Path(sysconfig.get_path("stdlib"))),
+        _accept,
+        folder=cache,
+        use_cache=use_cache,
+    )
     names = list(GROUPS)
     examples = [Example(text, names.index(group)) for group, text in rows]
     train = tuple(e for e in examples if not in_validation(e.text))
@@ -106,12 +103,6 @@ def load_docstrings(*, cache: Path | None = None, use_cache: bool = True) -> Cla
         f"labelled by the topic of their module ({', '.join(names)})"
     )
     return ClassificationData("stdlib-docs", tuple(names), train, validation, source)
-
-
-def cache_folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/topoprune``, or ``~/.cache/topoprune``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()) / "topoprune"
 
 
 def in_validation(text: str) -> bool:
@@ -187,21 +178,7 @@ def _clean(docstring: str, module: str) -> str | None:
     return text if enough else None
 
 
-def _read_cache(path: Path) -> list[tuple[str, str]] | None:
-    try:
-        rows = [(str(group), str(text)) for group, text in json.loads(path.read_text(encoding="utf-8"))]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        warnings.warn(f"the cache {path} is not readable ({error}); reading the docstrings again", stacklevel=3)
-        return None
+def _accept(value: Any) -> list[tuple[str, str]] | None:
+    """Return the rows of a cache file, or None if they are not what would be collected."""
+    rows = [(str(group), str(text)) for group, text in value]
     return rows if len(rows) >= _FEWEST_TEXTS and {group for group, _ in rows} <= set(GROUPS) else None
-
-
-def _write_cache(path: Path, rows: list[tuple[str, str]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(rows), encoding="utf-8")
-    except OSError as error:
-        warnings.warn(f"cannot write the cache {path} ({error}); going on without it", stacklevel=3)

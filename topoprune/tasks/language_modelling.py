@@ -61,16 +61,6 @@ class LanguageModelling(Task):
     # -- data -------------------------------------------------------------------------------------
 
     @property
-    def n_train(self) -> int:
-        """Number of training texts."""
-        return len(self.train)
-
-    @property
-    def n_validation(self) -> int:
-        """Number of validation texts."""
-        return len(self.validation)
-
-    @property
     def digest(self) -> str:
         """Short hex digest of all texts and of how they are cut."""
         state = hashlib.sha256(repr((self.kind, self.block_size, self.drawn)).encode())

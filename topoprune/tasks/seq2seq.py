@@ -89,16 +89,6 @@ class Seq2SeqTask(Task):
     # -- data -------------------------------------------------------------------------------------
 
     @property
-    def n_train(self) -> int:
-        """Number of training pairs."""
-        return len(self.train)
-
-    @property
-    def n_validation(self) -> int:
-        """Number of validation pairs."""
-        return len(self.validation)
-
-    @property
     def digest(self) -> str:
         """Short hex digest of all pairs and of how they are fed."""
         state = hashlib.sha256(repr((self.kind, self.generation)).encode())

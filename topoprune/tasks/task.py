@@ -53,6 +53,7 @@ class Task(ABC):
 
     Attributes:
         name: short, for people and result files. source: where the data comes from, one sentence.
+        train, validation: examples (a task that keeps them elsewhere counts them itself).
         kind: ``"classification"``, ``"regression"``, ``"summarization"``, ``"translation"``, ...
         unit: what one example is, in the plural: ``"texts"``, ``"images"``, ``"blocks"``.
         main_metric: name of the figure that `evaluate` must hold and runs are compared by.
@@ -62,6 +63,8 @@ class Task(ABC):
 
     name: str
     source: str
+    train: Sequence[Any]
+    validation: Sequence[Any]
     kind: str
     main_metric: str
     unit: str = "texts"
@@ -71,14 +74,14 @@ class Task(ABC):
     # -- data -------------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def n_train(self) -> int:
         """Number of training examples."""
+        return len(self.train)
 
     @property
-    @abstractmethod
     def n_validation(self) -> int:
         """Number of validation examples."""
+        return len(self.validation)
 
     @property
     @abstractmethod

@@ -74,16 +74,6 @@ class ImageTask(Task):
     cuts_texts: bool = False
 
     @property
-    def n_train(self) -> int:
-        """Number of training images."""
-        return len(self.train)
-
-    @property
-    def n_validation(self) -> int:
-        """Number of validation images."""
-        return len(self.validation)
-
-    @property
     def digest(self) -> str:
         """Short hex digest of all pixels and labels."""
         state = hashlib.sha256(repr((self.labels, self.n_train)).encode())
