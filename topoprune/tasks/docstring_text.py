@@ -43,7 +43,7 @@ def load_docstring_summaries(
 
     Args:
         prefix, max_target_length, num_beams: see `Generation`.
-        cache: folder of the cache file; default that of `topoprune.tasks.cache`. use_cache: False neither reads nor writes it.
+        cache: folder of the cache file; default: the user's. use_cache: False neither reads nor writes it.
 
     Raises:
         ValueError: this Python has no sources to read, or rouge-score is not installed.
