@@ -1,8 +1,11 @@
 """Exchanges for repaired subsets: all pairs of a pruned and a kept unit, from one factorisation.
 
-With N = [M_PP]^-1, E = N M_PS, V = W_P N and W' = W_S - W_P E, taking unit i out of P saves
+With M = C^-1, N = [M_PP]^-1, E = N M_PS, V = W_P N and W' = W_S - W_P E, taking unit i out of P saves
 ``tr(V_i N_ii^-1 V_i^T)``, and pruning j then costs ``tr(B [M'_jj + E_ij^T N_ii^-1 E_ij]^-1 B^T)`` with
 ``B = W'_j + V_i N_ii^-1 E_ij`` and M' the inverse moment after P is gone.
+
+M itself is never formed: inverting blocks of an inverse loses digits by the square of C's condition. From the Cholesky
+factor of C with the kept columns first, ``N = L_PP L_PP^T``, ``E = -L_PS L_SS^-1`` and ``M' = L_SS^-T L_SS^-1``.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import numpy as np
 
 from topoprune_solvers.problems import RepairedSubset
 from topoprune_solvers.quadratic.common import PROVEN
-from topoprune_solvers.quadratic.moments import inverse_moment, reduced_weight
+from topoprune_solvers.quadratic.moments import reduced_weight
 from topoprune_solvers.result import NEVER, Deadline
 
 __all__ = ["EXCHANGE_COLUMNS", "EXCHANGE_UNITS", "exchange", "exchange_changes"]
@@ -30,14 +33,13 @@ def exchange(problem: RepairedSubset, pruned: np.ndarray, deadline: Deadline = N
     pruned = pruned.copy()
     if deadline.passed() or not pruned.any() or pruned.all():
         return pruned
-    inverse = inverse_moment(problem, full=True)
     weight = reduced_weight(problem).T
     for _ in range(ROUNDS):
         leaving = np.flatnonzero(pruned & ~problem.forbidden)
         entering = np.flatnonzero(~pruned & ~problem.forced)
         if deadline.passed() or not leaving.size or not entering.size:
             break
-        value, change = exchange_changes(problem, inverse, weight, pruned, leaving, entering, deadline)
+        value, change = exchange_changes(problem, weight, pruned, leaving, entering, deadline)
         row, col = divmod(int(change.argmin()), entering.size)
         if not change[row, col] < -PROVEN * value:
             break
@@ -47,7 +49,6 @@ def exchange(problem: RepairedSubset, pruned: np.ndarray, deadline: Deadline = N
 
 def exchange_changes(
     problem: RepairedSubset,
-    inverse: np.ndarray,
     weight: np.ndarray,
     pruned: np.ndarray,
     leaving: np.ndarray,
@@ -57,16 +58,27 @@ def exchange_changes(
     """Return the damage of P and the (leaving, entering) changes of all exchanges; inf where time ran out.
 
     Args:
-        inverse: (d, d), M. weight: (d, o), W transposed. pruned: (n,) bool, P.
-        leaving: units of P. entering: kept units.
-    """
-    from scipy.linalg import cho_factor, cho_solve
+        weight: (d, o), W transposed. pruned: (n,) bool, P. leaving: units of P. entering: kept units.
 
-    inside = np.flatnonzero(pruned)
-    p, s = problem.columns(inside), problem.columns(entering)
-    factor = cho_factor(inverse[np.ix_(p, p)], lower=True, check_finite=False)
-    system = cho_solve(factor, np.eye(p.size), check_finite=False)  # N
-    reach = system @ inverse[np.ix_(p, s)]  # E
+    Raises:
+        ValueError: a moment that is not positive definite with its ridge.
+    """
+    from scipy.linalg import cholesky, solve_triangular
+
+    inside, outside = np.flatnonzero(pruned), np.flatnonzero(~pruned)
+    p, kept, s = problem.columns(inside), problem.columns(outside), problem.columns(entering)
+    order = np.concatenate([kept, p])
+    try:
+        factor = cholesky(problem.regular_moment(order).T, lower=True, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        raise ValueError(problem.not_definite) from None
+    ours = np.flatnonzero(np.isin(kept, s))  # columns of units come in the units' order, in both
+    wanted = np.zeros((kept.size, s.size))
+    wanted[ours, np.arange(s.size)] = 1.0
+    back = solve_triangular(factor[: kept.size, : kept.size], wanted, lower=True, check_finite=False)  # L_SS^-1
+    tail = np.tril(factor[kept.size :, kept.size :])
+    system = tail @ tail.T  # N
+    reach = -factor[kept.size :, : kept.size] @ back  # E
     value_p = system @ weight[p]  # V transposed
     refitted = weight[s] - reach.T @ weight[p]  # W' transposed
     damage = float((value_p * weight[p]).sum())
@@ -76,7 +88,7 @@ def exchange_changes(
         own = system.diagonal()[rows, None]
         share = reach[rows] / own
         saved = np.square(value_p[rows]).sum(axis=1)[:, None]
-        here = inverse[s, s] - np.einsum("ij,ij->j", inverse[np.ix_(p, s)], reach)
+        here = np.square(back).sum(axis=0)
         cost = np.square(refitted).sum(axis=1) + 2 * cross[rows] * share + saved * share**2
         return damage, cost / (here + reach[rows] * share) - saved / own
     change = np.full((leaving.size, entering.size), np.inf)
@@ -86,7 +98,7 @@ def exchange_changes(
     blocks = []
     for col in range(entering.size):
         b = slice(int(starts[col]), int(starts[col + 1]))
-        block = inverse[np.ix_(s[b], s[b])] - inverse[np.ix_(s[b], p)] @ reach[:, b]
+        block = back[:, b].T @ back[:, b]
         blocks.append((b, block, refitted[b] @ refitted[b].T))
     for row, unit in enumerate(leaving.tolist()):
         if deadline.passed():
