@@ -118,6 +118,19 @@ def test_grouped_queries_keep_groups_or_heads(tiny: dict[str, Path], tmp_path: P
     assert done(*words, tmp_path / "b", "--gqa", "query-heads")["layers"][0]["units"]["heads"] == [2, 4]
 
 
+def assert_refused_unloaded(
+    tiny: dict[str, Path], tmp_path: Path, words: list[object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before weights are read, and nothing is written."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("topoprune.tasks.models.load_full", never)
+    assert message in refused("prune", tiny["model"], "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -146,12 +159,7 @@ def test_grouped_queries_keep_groups_or_heads(tiny: dict[str, Path], tmp_path: P
 def test_wrong_options_are_refused_before_weights_are_loaded(
     tiny: dict[str, Path], tmp_path: Path, words: list[object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("loaded")
-
-    monkeypatch.setattr("topoprune.tasks.models.load_full", never)
-    assert message in refused("prune", tiny["model"], "--out", tmp_path / "out", *words)
-    assert not (tmp_path / "out").exists()
+    assert_refused_unloaded(tiny, tmp_path, words, message, monkeypatch)
 
 
 def test_places_that_must_not_be_overwritten(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -276,12 +284,7 @@ def test_neuroprune_needs_no_texts(tiny: dict[str, Path], tmp_path: Path) -> Non
 def test_flags_that_do_not_go_together(
     tiny: dict[str, Path], tmp_path: Path, words: list[object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("loaded")
-
-    monkeypatch.setattr("topoprune.tasks.models.load_full", never)
-    assert message in refused("prune", tiny["model"], "--out", tmp_path / "out", *words)
-    assert not (tmp_path / "out").exists()
+    assert_refused_unloaded(tiny, tmp_path, words, message, monkeypatch)
 
 
 # compact

@@ -24,7 +24,7 @@ COMMANDS = [line for line in LINES if " --" in line and not line.endswith(" --he
 
 @pytest.fixture(scope="module", autouse=True)
 def one_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert len(BLOCKS) >= 7 and len(COMMANDS) >= 20
+    assert len(BLOCKS) >= 8 and len(COMMANDS) >= 20
 
 
 def test_python_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,11 +262,7 @@ def test_a_table_that_is_wrong_is_corrected() -> None:
 def test_latency_is_measured_with_a_real_clock_too() -> None:
     model = BertModel(WIDE).eval()
     with untouched(model):
-        try:
-            targets = find_targets(Body(model, find_sites(model)), Recipe.budget(latency=0.9, shape=(8, 64)))
-        except ValueError as error:  # other work on the machine can hide what cutting saves; never met by pretending
-            assert "latency=0.9 cannot be reached on cpu" in str(error)
-            return
+        targets = find_targets(Body(model, find_sites(model)), Recipe.budget(latency=0.9, shape=(8, 64)))
     assert targets.measured is not None and targets.measured.ratio <= 0.9 and targets.measured.dense > 0
 
 
